@@ -1,0 +1,100 @@
+// 16-bit storage types. Arithmetic is done in float: load, compute, store.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+#include <linattn/version.hpp>
+
+LINATTN_BEGIN
+
+// IEEE 754 binary16: 1 sign, 5 exponent, 10 fraction bits.
+struct half {
+  std::uint16_t bits = 0;
+
+  half() = default;
+  LINATTN_HD explicit constexpr half(float value);
+  LINATTN_HD explicit constexpr operator float() const;
+  [[nodiscard]] LINATTN_HD static constexpr half from_bits(std::uint16_t bits) {
+    half h;
+    h.bits = bits;
+    return h;
+  }
+};
+
+// The upper half of a binary32: 1 sign, 8 exponent, 7 fraction bits.
+struct bfloat16 {
+  std::uint16_t bits = 0;
+
+  bfloat16() = default;
+  LINATTN_HD explicit constexpr bfloat16(float value);
+  LINATTN_HD explicit constexpr operator float() const {
+    return std::bit_cast<float>(std::uint32_t{bits} << 16);
+  }
+  [[nodiscard]] LINATTN_HD static constexpr bfloat16 from_bits(std::uint16_t bits) {
+    bfloat16 b;
+    b.bits = bits;
+    return b;
+  }
+};
+
+// Round to nearest, ties to even; overflow gives infinity; NaN stays NaN (quiet).
+constexpr half::half(float value) {
+  const std::uint32_t f = std::bit_cast<std::uint32_t>(value);
+  const auto sign = static_cast<std::uint16_t>((f >> 16) & 0x8000u);
+  const std::uint32_t magnitude = f & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    bits = static_cast<std::uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x1ffu));
+  } else if (magnitude >= 0x47800000u) {  // 2^16 and above, infinity included
+    bits = static_cast<std::uint16_t>(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: the result is subnormal or zero
+    // Adding 0.5 puts the unit of the last place of a subnormal half at the last place of the sum, so the
+    // addition itself rounds, to nearest even.
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+    bits = static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000u));
+  } else {
+    const std::uint32_t odd = (magnitude >> 13) & 1u;
+    bits = static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+  }
+}
+
+constexpr half::operator float() const {
+  const std::uint32_t sign = (std::uint32_t{bits} & 0x8000u) << 16;
+  const std::uint32_t magnitude = std::uint32_t{bits} & 0x7fffu;
+  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= 0x0400u) return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(subnormal));
+}
+
+// Round to nearest, ties to even; NaN stays NaN (quiet).
+constexpr bfloat16::bfloat16(float value) {
+  const std::uint32_t f = std::bit_cast<std::uint32_t>(value);
+  bits = (f & 0x7fffffffu) > 0x7f800000u ? static_cast<std::uint16_t>((f >> 16) | 0x40u)
+                                         : static_cast<std::uint16_t>((f + 0x7fffu + ((f >> 16) & 1u)) >> 16);
+}
+
+// Types that an activation or a weight may be stored in.
+template <class T>
+concept Storage = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, half> ||
+    std::is_same_v<T, bfloat16>;
+
+// The type in which an op with storage T computes: double for double, float for all else.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;
+
+template <class To, class From>
+[[nodiscard]] LINATTN_HD constexpr To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_arithmetic_v<From> && std::is_arithmetic_v<To>) {
+    return static_cast<To>(value);
+  } else if constexpr (std::is_arithmetic_v<From>) {
+    return To(static_cast<float>(value));
+  } else {
+    return static_cast<To>(static_cast<float>(value));
+  }
+}
+
+LINATTN_END

@@ -1,0 +1,226 @@
+// A SIMD pack of floats or doubles: Eigen's packets behind the few operations that the kernels use.
+// Eigen names its packets internal; this header is the only one that does, and tests/detail pins what it
+// relies on.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+// GCC 12 takes the undefined operand of its own AVX-512 intrinsics for a mistake of the caller (GCC bug
+// 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+// A packet type as a template argument loses its alignment attribute, which the stored type restores.
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#endif
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef EIGEN_DONT_PARALLELIZE
+#define EIGEN_DONT_PARALLELIZE
+#define LINATTN_UNDEF_EIGEN_DONT_PARALLELIZE
+#endif
+#include <Eigen/Core>
+#ifdef LINATTN_UNDEF_EIGEN_DONT_PARALLELIZE
+#undef EIGEN_DONT_PARALLELIZE
+#undef LINATTN_UNDEF_EIGEN_DONT_PARALLELIZE
+#endif
+
+#include <linattn/core/dtype.hpp>
+#include <linattn/core/status.hpp>
+#include <linattn/version.hpp>
+
+LINATTN_BEGIN
+namespace detail {
+
+#if defined(__GNUC__)
+#define LINATTN_INLINE inline __attribute__((always_inline))
+// Stages of a kernel stay functions of their own: inlined into one, the compiler keeps the constants of one
+// stage in registers through the product of another.
+#define LINATTN_NOINLINE __attribute__((noinline))
+#else
+#define LINATTN_INLINE inline
+#define LINATTN_NOINLINE
+#endif
+
+template <class T>
+struct Pack {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "packs hold float or double");
+  using Raw = typename Eigen::internal::packet_traits<T>::type;
+  static constexpr int size = Eigen::internal::unpacket_traits<Raw>::size;
+
+  Raw raw;
+
+  Pack() = default;
+  LINATTN_INLINE Pack(Raw r) : raw(r) {}  // NOLINT: implicit on purpose
+  // Without SIMD a packet is the scalar itself, and the constructor above is this one.
+  template <class S>
+  requires(std::is_same_v<S, T> && !std::is_same_v<S, Raw>) LINATTN_INLINE Pack(S value)
+      : raw(Eigen::internal::pset1<Raw>(value)) {}  // NOLINT: implicit on purpose
+
+  [[nodiscard]] static LINATTN_INLINE Pack zero() { return Pack(Eigen::internal::pset1<Raw>(T(0))); }
+  [[nodiscard]] static LINATTN_INLINE Pack load(const T* p) { return Eigen::internal::ploadu<Raw>(p); }
+  LINATTN_INLINE void store(T* p) const { Eigen::internal::pstoreu(p, raw); }
+
+  friend LINATTN_INLINE Pack operator+(Pack a, Pack b) { return Eigen::internal::padd(a.raw, b.raw); }
+  friend LINATTN_INLINE Pack operator-(Pack a, Pack b) { return Eigen::internal::psub(a.raw, b.raw); }
+  friend LINATTN_INLINE Pack operator*(Pack a, Pack b) { return Eigen::internal::pmul(a.raw, b.raw); }
+  friend LINATTN_INLINE Pack operator/(Pack a, Pack b) { return Eigen::internal::pdiv(a.raw, b.raw); }
+  friend LINATTN_INLINE Pack operator-(Pack a) { return Eigen::internal::pnegate(a.raw); }
+  LINATTN_INLINE Pack& operator+=(Pack b) { return *this = *this + b; }
+  LINATTN_INLINE Pack& operator*=(Pack b) { return *this = *this * b; }
+};
+
+// a * b + c, rounded once where the machine can.
+template <class T>
+[[nodiscard]] LINATTN_INLINE Pack<T> fma(Pack<T> a, Pack<T> b, Pack<T> c) {
+  return Eigen::internal::pmadd(a.raw, b.raw, c.raw);
+}
+[[nodiscard]] LINATTN_INLINE float fma(float a, float b, float c) { return a * b + c; }
+[[nodiscard]] LINATTN_INLINE double fma(double a, double b, double c) { return a * b + c; }
+
+// A NaN in the first argument stays.
+template <class T>
+[[nodiscard]] LINATTN_INLINE Pack<T> max(Pack<T> a, Pack<T> b) {
+  return Eigen::internal::pmax(a.raw, b.raw);
+}
+template <class T>
+[[nodiscard]] LINATTN_INLINE Pack<T> min(Pack<T> a, Pack<T> b) {
+  return Eigen::internal::pmin(a.raw, b.raw);
+}
+template <class T>
+[[nodiscard]] LINATTN_INLINE Pack<T> sqrt(Pack<T> a) {
+  return Eigen::internal::psqrt(a.raw);
+}
+template <class T>
+[[nodiscard]] LINATTN_INLINE T reduce_add(Pack<T> a) {
+  return Eigen::internal::predux(a.raw);
+}
+template <class T>
+[[nodiscard]] LINATTN_INLINE T reduce_max(Pack<T> a) {
+  return Eigen::internal::predux_max(a.raw);
+}
+
+// Rows become columns: rows[i] lane j <-> rows[j] lane i.
+template <class T>
+LINATTN_INLINE void transpose(Pack<T> (&rows)[Pack<T>::size]) {
+  if constexpr (Pack<T>::size > 1) {
+    Eigen::internal::PacketBlock<typename Pack<T>::Raw, Pack<T>::size> block;
+    for (int i = 0; i < Pack<T>::size; ++i) block.packet[i] = rows[i].raw;
+    Eigen::internal::ptranspose(block);
+    for (int i = 0; i < Pack<T>::size; ++i) rows[i].raw = block.packet[i];
+  }
+}
+
+// ---- loads and stores that widen and narrow ----
+
+// Pack<C>::size consecutive elements of storage S.
+template <class C, class S>
+[[nodiscard]] LINATTN_INLINE Pack<C> load(const S* p) {
+  using P = Pack<C>;
+  if constexpr (std::is_same_v<C, S>) {
+    return P::load(p);
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<C, float> && P::size == 16 && std::is_same_v<S, half>)
+      return P(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    if constexpr (std::is_same_v<C, float> && P::size == 16 && std::is_same_v<S, bfloat16>)
+      return P(_mm512_castsi512_ps(_mm512_slli_epi32(
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16)));
+#endif
+#if defined(__AVX2__) && defined(__F16C__)
+    if constexpr (std::is_same_v<C, float> && P::size == 8 && std::is_same_v<S, half>)
+      return P(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    if constexpr (std::is_same_v<C, float> && P::size == 8 && std::is_same_v<S, bfloat16>)
+      return P(_mm256_castsi256_ps(_mm256_slli_epi32(
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16)));
+#endif
+    C wide[P::size];
+    for (int i = 0; i < P::size; ++i) wide[i] = convert<C>(p[i]);
+    return P::load(wide);
+  }
+}
+
+template <class C, class S>
+LINATTN_INLINE void store(S* p, Pack<C> value) {
+  using P = Pack<C>;
+  if constexpr (std::is_same_v<C, S>) {
+    value.store(p);
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<C, float> && P::size == 16 && std::is_same_v<S, half>) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                          _mm512_cvtps_ph(value.raw, _MM_FROUND_TO_NEAREST_INT));
+      return;
+    }
+#endif
+    C wide[P::size];
+    value.store(wide);
+    for (int i = 0; i < P::size; ++i) p[i] = convert<S>(wide[i]);
+  }
+}
+
+// The first `count` elements; the lanes beyond are zero, and nothing beyond is read.
+template <class C, class S>
+[[nodiscard]] LINATTN_INLINE Pack<C> load_partial(const S* p, int count) {
+  C wide[Pack<C>::size] = {};
+  for (int i = 0; i < count; ++i) wide[i] = convert<C>(p[i]);
+  return Pack<C>::load(wide);
+}
+template <class C, class S>
+LINATTN_INLINE void store_partial(S* p, Pack<C> value, int count) {
+  C wide[Pack<C>::size];
+  value.store(wide);
+  for (int i = 0; i < count; ++i) p[i] = convert<S>(wide[i]);
+}
+
+// ---- elementary functions, for a scalar or a pack ----
+
+[[nodiscard]] LINATTN_INLINE float exp(float x) { return std::exp(x); }
+[[nodiscard]] LINATTN_INLINE double exp(double x) { return std::exp(x); }
+[[nodiscard]] LINATTN_INLINE Pack<double> exp(Pack<double> x) { return Eigen::internal::pexp(x.raw); }
+
+// e^x, relative error below 2e-7 (1.2e-7 measured) for normal results; 0 below -104, infinity above 88.8; NaN
+// stays. x = n ln 2 + r with |r| <= ln(2) / 2, e^r by its Taylor polynomial of degree 7 (truncation 6e-9...
+// at |r| = 0.347).
+[[nodiscard]] LINATTN_INLINE Pack<float> exp(Pack<float> x) {
+  using P = Pack<float>;
+  x = min(max(x, P(-104.0f)), P(89.0f));
+  const P n = Eigen::internal::pfloor(fma(x, P(1.44269504088896341f), P(0.5f)).raw);
+  P r = fma(n, P(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
+  r = fma(n, P(2.12194440e-4f), r);
+  P y = P(1.9841270e-4f);
+  y = fma(y, r, P(1.3888889e-3f));
+  y = fma(y, r, P(8.3333333e-3f));
+  y = fma(y, r, P(4.1666667e-2f));
+  y = fma(y, r, P(1.6666667e-1f));
+  y = fma(y, r, P(0.5f));
+  y = fma(y, r, P(1.0f));
+  y = fma(y, r, P(1.0f));
+#if defined(__AVX512F__)
+  if constexpr (P::size == 16) return P(_mm512_scalef_ps(y.raw, n.raw));
+#endif
+  return Eigen::internal::pldexp(y.raw, n.raw);
+}
+
+// 1 / (1 + e^-z)
+template <class V>
+[[nodiscard]] LINATTN_INLINE V sigmoid(V z) {
+  using Scalar =
+      std::conditional_t<std::is_same_v<V, double> || std::is_same_v<V, Pack<double>>, double, float>;
+  return V(Scalar(1)) / (V(Scalar(1)) + exp(-z));
+}
+
+}  // namespace detail
+LINATTN_END
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
