@@ -1,0 +1,312 @@
+// Benchmarks of the ops on the host: op/variant/dtype/context/B/H/D/N.
+//
+// Counters: FLOP/s (the op's useful arithmetic, stated at each op), tokens/s, and `of_peak`, the share of the
+// fused-multiply-add peak of one core, measured in the same process immediately before (times the threads
+// used). After the run, the number of tokens at which TTT overtakes softmax attention is printed for each
+// head size.
+
+#include <benchmark/benchmark.h>
+#include <linattn/cpu.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <map>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using linattn::bfloat16;
+using linattn::Cpu;
+using linattn::half;
+using linattn::Index;
+using linattn::Serial;
+using linattn::TensorView;
+using linattn::Workspace;
+
+template <class T>
+constexpr const char* dtype_name = std::is_same_v<T, float>    ? "f32"
+                                   : std::is_same_v<T, double> ? "f64"
+                                   : std::is_same_v<T, half>   ? "f16"
+                                                               : "bf16";
+
+// Fused multiply-adds a second of one core in type C, as FLOP/s: the best of a few runs of 16 independent
+// chains.
+template <class C>
+double peak_flops() {
+  using P = linattn::detail::Pack<C>;
+  constexpr int chains = 16, rounds = 100000, repeats = 5;
+  double best = 0;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    P sums[chains];
+    for (int i = 0; i < chains; ++i) sums[i] = P(C(i));
+    P a(C(0.999)), b(C(0.001));
+    benchmark::DoNotOptimize(a);
+    benchmark::DoNotOptimize(b);
+    const auto start = std::chrono::steady_clock::now();
+    for (int round = 0; round < rounds; ++round)
+      for (int i = 0; i < chains; ++i) sums[i] = linattn::detail::fma(sums[i], a, b);
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    for (P& sum : sums) benchmark::DoNotOptimize(sum);
+    best = std::max(best, 2.0 * rounds * chains * P::size / elapsed.count());
+  }
+  return best;
+}
+
+template <class T>
+std::vector<T> random(Index count, float scale, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal(0.0f, scale);
+  std::vector<T> out(static_cast<std::size_t>(count));
+  for (T& value : out) value = linattn::convert<T>(normal(engine));
+  return out;
+}
+
+struct Shape {
+  Index batch, heads, head_dim, tokens;
+};
+
+// Activations as a model has them: one packed projection (batch, token, q | k | v).
+template <class T>
+struct Attention {
+  explicit Attention(const Shape& s)
+      : packed(random<T>(s.batch * s.tokens * 3 * s.heads * s.head_dim, 1.0f, 1)),
+        output(static_cast<std::size_t>(s.batch * s.tokens * s.heads * s.head_dim)),
+        views(linattn::unpack_qkv(
+            TensorView<T, 3>(packed.data(), {s.batch, s.tokens, 3 * s.heads * s.head_dim}), s.heads)),
+        out(output.data(), {s.batch, s.tokens, s.heads, s.head_dim}) {}
+
+  std::vector<T> packed, output;
+  linattn::Qkv<T> views;
+  TensorView<T, 4> out;
+};
+
+// Runs op(context) until the clock is satisfied; workspace(context) says what it needs.
+template <class C, class Parallel, class Query, class Op>
+void measure(benchmark::State& state, const Parallel& parallel, double flops, double tokens,
+             const Query& query, const Op& op) {
+  std::vector<std::byte> memory(query(Cpu<Parallel>{{}, parallel}));
+  const Cpu<Parallel> context{{memory.data(), memory.size()}, parallel};
+  if (const linattn::Status status = op(context); !status.ok())
+    return state.SkipWithError(linattn::message(status).c_str());
+  const double peak = peak_flops<C>() * static_cast<double>(parallel.workers());
+  for (auto _ : state) {
+    if (!op(context).ok()) return state.SkipWithError("the op failed in the timed loop");
+    benchmark::ClobberMemory();
+  }
+  using benchmark::Counter;
+  const double runs = static_cast<double>(state.iterations());
+  state.counters["FLOP/s"] = Counter(flops * runs, Counter::kIsRate);
+  state.counters["tokens/s"] = Counter(tokens * runs, Counter::kIsRate);
+  state.counters["of_peak"] = Counter(flops / peak * runs, Counter::kIsRate);
+}
+
+std::string name(const std::string& op, const std::string& variant, const char* dtype, Index threads,
+                 const Shape& s) {
+  return op + "/" + variant + "/" + dtype + "/cpu" + std::to_string(threads) + "/" + std::to_string(s.batch) +
+         "/" + std::to_string(s.heads) + "/" + std::to_string(s.head_dim) + "/" + std::to_string(s.tokens);
+}
+
+template <class Run>
+void add(const std::string& full_name, Run run) {
+  benchmark::RegisterBenchmark(full_name.c_str(), run)->UseRealTime()->Unit(benchmark::kMillisecond);
+}
+
+// 4 N^2 d a head: two products.
+template <class T, class Parallel>
+void softmax(const Shape& s, Parallel parallel) {
+  add(name("softmax_attention", "full", dtype_name<T>, parallel.workers(), s), [=](benchmark::State& state) {
+    const Attention<T> a(s);
+    const auto& [q, k, v] = a.views;
+    const double rows = static_cast<double>(s.batch * s.heads * s.tokens);
+    measure<linattn::Compute<T>>(
+        state, parallel, 4 * rows * static_cast<double>(s.tokens * s.head_dim),
+        static_cast<double>(s.batch * s.tokens),
+        [&](const auto& context) { return linattn::softmax_attention_workspace(context, q, k, v, a.out); },
+        [&](const auto& context) { return linattn::softmax_attention(context, q, k, v, a.out); });
+  });
+}
+
+// 6 d^2 a token and head for each of SwiGlu's matrices (forward, gradient of the hidden state or the weight,
+// apply): SwiGlu 18 d^2, Mlp 12 d^2, Linear 4 d^2. The prologue's statistics and convolutions are not
+// counted.
+template <class Model, class T, class Parallel>
+void ttt(const char* variant, double flops_per_weight, const Shape& s, Parallel parallel,
+         Index grid_height = 0) {
+  add(name("ttt", variant, dtype_name<T>, parallel.workers(), s), [=](benchmark::State& state) {
+    const Attention<T> a(s);
+    const auto& [q, k, v] = a.views;
+    const Index d = s.head_dim, channels = s.heads * d;
+    const auto w = random<T>(3 * s.heads * d * d, 1.0f / std::sqrt(static_cast<float>(d)), 2);
+    const auto conv = random<T>(2 * channels * 10, 0.1f, 3);
+    const auto matrix = [&](Index i) {
+      return TensorView<const T, 3>(w.data() + i * s.heads * d * d, {s.heads, d, d});
+    };
+    const linattn::TttWeights<T> weights{matrix(0), matrix(1), matrix(2)};
+    linattn::TttOptions<T> options;
+    if (grid_height > 0) {
+      options.prologue.key_norm = true;
+      options.prologue.q_conv = {conv.data(), {channels, 1, 3, 3}};
+      options.prologue.k_conv = {conv.data() + channels * 9, {channels, 1, 3, 3}};
+      options.prologue.q_conv_bias = {conv.data() + channels * 18, {channels}};
+      options.prologue.k_conv_bias = {conv.data() + channels * 19, {channels}};
+      options.prologue.grid = {0, grid_height, s.tokens / grid_height};
+    }
+    const double rows = static_cast<double>(s.batch * s.heads * s.tokens);
+    measure<linattn::Compute<T>>(
+        state, parallel, flops_per_weight * rows * static_cast<double>(d * d),
+        static_cast<double>(s.batch * s.tokens),
+        [&](const auto& context) {
+          return linattn::ttt_workspace<Model>(context, q, k, v, weights, a.out, options);
+        },
+        [&](const auto& context) { return linattn::ttt<Model>(context, q, k, v, weights, a.out, options); });
+  });
+}
+
+// 2 N in out; D = in = out.
+template <class T, class W, class Parallel>
+void linear(const Shape& s, Parallel parallel) {
+  const std::string variant = std::string("weight_") + dtype_name<W>;
+  add(name("linear", variant, dtype_name<T>, parallel.workers(), s), [=](benchmark::State& state) {
+    const Index rows = s.batch * s.tokens, width = s.head_dim;
+    auto x = random<T>(rows * width, 1.0f, 1);
+    const auto w = random<W>(width * width, 0.02f, 2);
+    std::vector<T> y(x.size());
+    const TensorView<const T, 2> in(x.data(), {rows, width});
+    const TensorView<const W, 2> weight(w.data(), {width, width});
+    const TensorView<const W, 1> bias;
+    const TensorView<T, 2> out(y.data(), {rows, width});
+    measure<linattn::Compute<T>>(
+        state, parallel, 2.0 * static_cast<double>(rows * width * width), static_cast<double>(rows),
+        [&](const auto& context) { return linattn::linear_workspace(context, in, weight, bias, out); },
+        [&](const auto& context) { return linattn::linear(context, in, weight, bias, out); });
+  });
+}
+
+// Bytes matter here, not FLOPs: one read (two for the norm) and one write of the tokens.
+template <class T, class Parallel, class Op>
+void streaming(const std::string& op_name, double passes, const Shape& s, Parallel parallel, Op op) {
+  add(name(op_name, "eps1", dtype_name<T>, parallel.workers(), s), [=](benchmark::State& state) {
+    const Index channels = s.heads * s.head_dim;
+    const auto x = random<T>(s.batch * s.tokens * channels, 1.0f, 1);
+    std::vector<T> y(x.size());
+    const TensorView<const T, 4> in(x.data(), {s.batch, s.tokens, s.heads, s.head_dim});
+    const TensorView<T, 4> out(y.data(), in.extents);
+    op(state, parallel, in, out);
+    state.counters["bytes/s"] = benchmark::Counter(
+        passes * static_cast<double>(x.size() * sizeof(T)) * static_cast<double>(state.iterations()),
+        benchmark::Counter::kIsRate);
+  });
+}
+
+template <class Parallel>
+void instance_norm(const Shape& s, Parallel parallel) {
+  streaming<float>(
+      "instance_norm", 3, s, parallel, [](benchmark::State& state, const Parallel& p, auto in, auto out) {
+        measure<float>(
+            state, p, 0, static_cast<double>(in.extent(0) * in.extent(1)),
+            [&](const auto& context) { return linattn::instance_norm_workspace(context, in, out); },
+            [&](const auto& context) { return linattn::instance_norm(context, in, out); });
+      });
+}
+
+template <class Parallel>
+void depthwise_conv(const Shape& s, Index grid_height, Parallel parallel) {
+  streaming<float>(
+      "depthwise_conv", 2, s, parallel, [=](benchmark::State& state, const Parallel& p, auto in, auto out) {
+        const Index channels = in.extent(2) * in.extent(3);
+        const auto w = random<float>(channels * 10, 0.1f, 2);
+        const TensorView<const float, 4> weight(w.data(), {channels, 1, 3, 3});
+        const TensorView<const float, 1> bias(w.data() + channels * 9, {channels});
+        const linattn::DepthwiseConvOptions options{.grid = {0, grid_height, in.extent(1) / grid_height}};
+        measure<float>(
+            state, p, 18.0 * static_cast<double>(in.elements()),
+            static_cast<double>(in.extent(0) * in.extent(1)),
+            [&](const auto& context) {
+              return linattn::depthwise_conv_workspace(context, in, weight, bias, out, options);
+            },
+            [&](const auto& context) {
+              return linattn::depthwise_conv(context, in, weight, bias, out, options);
+            });
+      });
+}
+
+// Remembers times by name, and shows them as the console does.
+class Recorder : public benchmark::ConsoleReporter {
+ public:
+  std::map<std::string, double> seconds;
+
+  void ReportRuns(const std::vector<Run>& runs) override {
+    for (const Run& run : runs)
+      if (!run.error_occurred && run.iterations > 0)
+        seconds[run.run_name.function_name] = run.real_accumulated_time / static_cast<double>(run.iterations);
+    ConsoleReporter::ReportRuns(runs);
+  }
+};
+
+// Where the two curves cross: linear in log tokens between the neighbours on either side.
+void print_crossover(const std::map<std::string, double>& seconds, Index heads, Index head_dim,
+                     const std::vector<Index>& tokens) {
+  double previous_gap = 0, previous_log = 0;
+  for (const Index n : tokens) {
+    const Shape s{1, heads, head_dim, n};
+    const auto softmax = seconds.find(name("softmax_attention", "full", "f32", 1, s));
+    const auto ttt = seconds.find(name("ttt", "swiglu", "f32", 1, s));
+    if (softmax == seconds.end() || ttt == seconds.end()) continue;
+    const double gap = std::log(softmax->second / ttt->second), here = std::log2(static_cast<double>(n));
+    if (gap >= 0 && previous_gap < 0) {
+      const double at = previous_log + (here - previous_log) * previous_gap / (previous_gap - gap);
+      std::fprintf(
+          stderr,
+          "head_dim %3td: TTT SwiGlu overtakes softmax at N = %.0f (by arithmetic alone: 4.5 d = %.0f)\n",
+          head_dim, std::exp2(at), 4.5 * static_cast<double>(head_dim));
+      return;
+    }
+    previous_gap = gap, previous_log = here;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Index heads = 8;
+  const std::vector<Index> tokens{64, 128, 256, 512, 1024, 4096};
+  for (const Index d : {32, 64, 128}) {
+    for (const Index n : tokens) {
+      softmax<float>({1, heads, d, n}, Serial{});
+      ttt<linattn::SwiGlu, float>("swiglu", 18, {1, heads, d, n}, Serial{});
+    }
+  }
+  for (const Index n : {1024, 4096}) {
+    const Index side = n == 1024 ? 32 : 64;
+    const Shape s{1, 24, 64, n};
+    ttt<linattn::SwiGlu, float>("swiglu+norm+conv", 18, s, Serial{}, side);
+    ttt<linattn::SwiGlu, float>("swiglu", 18, s, Serial{});
+    ttt<linattn::Mlp, float>("mlp", 12, s, Serial{});
+    ttt<linattn::Linear, float>("linear", 4, s, Serial{});
+    ttt<linattn::SwiGlu, half>("swiglu", 18, s, Serial{});
+    ttt<linattn::SwiGlu, bfloat16>("swiglu", 18, s, Serial{});
+    softmax<bfloat16>(s, Serial{});
+    instance_norm(s, Serial{});
+    depthwise_conv(s, side, Serial{});
+#if defined(_OPENMP)
+    softmax<float>(s, linattn::OpenMp{2});
+    ttt<linattn::SwiGlu, float>("swiglu", 18, s, linattn::OpenMp{2});
+#endif
+  }
+  for (const Index n : {64, 1024, 4096}) {
+    linear<float, float>({1, 1, 1536, n}, Serial{});
+    linear<float, half>({1, 1, 1536, n}, Serial{});
+  }
+
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  Recorder recorder;
+  benchmark::RunSpecifiedBenchmarks(&recorder);
+  for (const Index d : {32, 64, 128}) print_crossover(recorder.seconds, heads, d, tokens);
+  benchmark::Shutdown();
+}
