@@ -1,0 +1,95 @@
+// Depthwise 3x3 convolution over the token grid: the contract. The host's form is in depthwise_conv_cpu.hpp.
+//
+//   y[t, c] = (residual ? x[t, c] : 0) + bias[c] + sum_{i, j < 3} weight[c, 0, i, j] x[t(row + i - 1, col + j
+//   - 1), c]
+//
+// for the tokens t of the grid, t = offset + row * width + col, with zeros outside the grid. Tokens outside
+// [offset, offset + height * width), such as text beside an image, pass through: y = x, whatever `residual`
+// says.
+//
+// Shapes    x, out (b, n, h, c); weight [h * c, 1, 3, 3] with channel = head * head_dim + c; bias [h * c] or
+// empty. Numerics  one chain of fused multiply-adds an element, in the order bias, taps row by row, then the
+// residual;
+//           |error| <= 11 eps (|x| + |bias| + sum |weight x|), eps that of Compute<T>, and one rounding to T.
+//           Elements are independent: results do not depend on layout, threads or neighbouring channels.
+// Errors    shape (out, weight, bias), stride (channel strides must be 1), empty (an axis, the grid), option
+// (a grid
+//           that does not fit the tokens), null_data, alias (out is x).
+// Workspace none.
+// Source    `q_conv2d`, `k_conv2d` of T5 (Transformer-to-TTT), a locality bias on queries and keys.
+#pragma once
+
+#include <type_traits>
+
+#include <linattn/core/context.hpp>
+#include <linattn/core/dtype.hpp>
+#include <linattn/core/status.hpp>
+#include <linattn/core/tensor.hpp>
+#include <linattn/version.hpp>
+
+LINATTN_BEGIN
+
+// Which tokens form an image: `height` rows of `width` tokens, row by row, the first of them token `offset`.
+struct TokenGrid {
+  Index offset = 0;
+  Index height = 0;
+  Index width = 0;
+
+  [[nodiscard]] LINATTN_HD constexpr Index tokens() const { return height * width; }
+};
+
+struct DepthwiseConvOptions {
+  TokenGrid grid{};
+  bool residual = true;
+};
+
+namespace detail {
+
+// The grid is not empty and lies within a sequence of `tokens`. No product that could overflow is formed.
+[[nodiscard]] constexpr Status check_grid(const TokenGrid& grid, Index tokens) {
+  if (grid.height <= 0) return fail(Code::empty, "grid, height", 1, grid.height);
+  if (grid.width <= 0) return fail(Code::empty, "grid, width", 1, grid.width);
+  if (grid.offset < 0 || grid.offset > tokens)
+    return fail(Code::option, "grid, offset (at most the tokens)", tokens, grid.offset);
+  const Index room = tokens - grid.offset;
+  if (grid.height > room / grid.width)
+    return fail(Code::option, "grid, height (rows that fit behind the offset)", room / grid.width,
+                grid.height);
+  return {};
+}
+
+// weight [channels, 1, 3, 3], dense in its kernel; bias [channels] or empty.
+template <class W, class B>
+[[nodiscard]] constexpr Status check_conv_weights(const TensorView<W, 4>& weight,
+                                                  const TensorView<B, 1>& bias, Index channels) {
+  const Status first = first_failure(expect_equal(channels, weight.extent(0), "conv weight, channels"),
+                                     expect_equal(1, weight.extent(1), "conv weight, inputs a channel"),
+                                     expect_equal(3, weight.extent(2), "conv weight, kernel rows"),
+                                     expect_equal(3, weight.extent(3), "conv weight, kernel columns"),
+                                     expect_view(weight, "conv weight", "conv weight, kernel column stride"));
+  if (!first.ok() || bias.extent(0) == 0) return first;
+  return first_failure(expect_equal(channels, bias.extent(0), "conv bias, channels"),
+                       expect_view(bias, "conv bias", "conv bias, stride"));
+}
+
+template <class T, class W, class B>
+[[nodiscard]] constexpr Status check_depthwise_conv(const TensorView<const T, 4>& x,
+                                                    const TensorView<W, 4>& weight,
+                                                    const TensorView<B, 1>& bias, const TensorView<T, 4>& out,
+                                                    const DepthwiseConvOptions& options) {
+  const Status first =
+      first_failure(expect_positive(x.extent(0), "x, batch"), expect_positive(x.extent(1), "x, tokens"),
+                    expect_positive(x.extent(2), "x, heads"), expect_positive(x.extent(3), "x, channels"),
+                    expect_equal(x.extent(0), out.extent(0), "out, batch"),
+                    expect_equal(x.extent(1), out.extent(1), "out, tokens"),
+                    expect_equal(x.extent(2), out.extent(2), "out, heads"),
+                    expect_equal(x.extent(3), out.extent(3), "out, channels"),
+                    expect_view(x, "x", "x, channel stride"), expect_view(out, "out", "out, channel stride"));
+  if (!first.ok()) return first;
+  if (x.data == out.data) return fail(Code::alias, "out, apart from x", 1, 0);
+  return first_failure(check_conv_weights(weight, bias, x.extent(2) * x.extent(3)),
+                       check_grid(options.grid, x.extent(1)));
+}
+
+}  // namespace detail
+LINATTN_END
