@@ -1,0 +1,496 @@
+#include "clip_tokenizer.hpp"
+
+#include <utf8proc.h>
+
+#include <algorithm>
+#include <fstream>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <queue>
+#include <stdexcept>
+#include <string>
+#include <unordered_set>
+#include <utility>
+
+namespace sd35 {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using Ids = std::unordered_map<std::string, std::int32_t>;
+using CodePoint = utf8proc_int32_t;
+
+constexpr std::uintmax_t max_file_bytes = 16u << 20;  // the real tokenizer.json has 3.6 MB
+constexpr std::size_t max_text_bytes = 1u << 20;
+constexpr std::size_t max_merges = 49152 - 256 - 2;  // CLIP takes this many, however many the file lists
+constexpr std::int32_t max_vocab = 1 << 20;
+constexpr int max_json_depth = 32;
+constexpr std::int32_t no_id = -1;
+constexpr CodePoint replacement_character = 0xFFFD;
+constexpr std::string_view bos_name = "<|startoftext|>";
+constexpr std::string_view eos_name = "<|endoftext|>";
+constexpr std::string_view end_of_word = "</w>";
+
+[[noreturn]] void fail(const fs::path& file, const std::string& what) {
+  throw std::runtime_error(file.string() + ": " + what);
+}
+
+// A piece of an untrusted file, fit for a message.
+std::string printable(std::string_view text, std::size_t limit) {
+  std::string out(text.substr(0, limit));
+  std::replace_if(
+      out.begin(), out.end(), [](char c) { return static_cast<unsigned char>(c) < 32 || c == 127; }, '?');
+  return text.size() > limit ? out + "..." : out;
+}
+
+std::string in_quotes(std::string_view symbol) { return "'" + printable(symbol, 48) + "'"; }
+
+std::string read_file(const fs::path& file) {
+  std::error_code error;
+  const fs::file_status status = fs::status(file, error);
+  if (!fs::exists(status)) fail(file, "no such file");
+  if (!fs::is_regular_file(status)) fail(file, "is not a regular file");
+  const std::uintmax_t size = fs::file_size(file, error);
+  if (error) fail(file, "cannot be read: " + error.message());
+  if (size > max_file_bytes)
+    fail(file, "has " + std::to_string(size) + " bytes; a CLIP vocabulary has at most " +
+                   std::to_string(max_file_bytes));
+  std::ifstream stream(file, std::ios::binary);
+  std::string content(static_cast<std::size_t>(size), '\0');
+  if (!stream.read(content.data(), static_cast<std::streamsize>(size))) fail(file, "cannot be read");
+  return content;
+}
+
+// Parses a JSON object; a key given twice or a nesting deeper than any tokenizer file has is an error.
+json read_json(const fs::path& file) {
+  const std::string content = read_file(file);
+  std::vector<std::unordered_set<std::string>> keys;  // of the objects that are open
+  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (depth > max_json_depth) fail(file, "is nested too deeply");
+    if (event == json::parse_event_t::object_start) keys.emplace_back();
+    if (event == json::parse_event_t::object_end) keys.pop_back();
+    if (event == json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second)
+      fail(file, "gives the key " + in_quotes(parsed.get<std::string>()) + " twice");
+    return true;
+  };
+  json parsed;
+  try {
+    parsed = json::parse(content, check);
+  } catch (const json::exception& error) {
+    const std::string_view what = error.what();  // "[json.exception.name.number] sentence"
+    fail(file,
+         "is not valid JSON: " + printable(what.substr(std::min(what.find("] ") + 2, what.size())), 160));
+  }
+  if (!parsed.is_object()) fail(file, "is not a JSON object");
+  return parsed;
+}
+
+// The member of an object, null where it is absent.
+const json& member(const json& object, const char* key) {
+  static const json null;
+  const auto found = object.find(key);
+  return found == object.end() ? null : *found;
+}
+
+struct Vocabulary {
+  fs::path ids_file;            // names the source in messages
+  fs::path merges_file;         // likewise
+  std::string merge_unit;       // "line" or "merge"
+  std::size_t first_merge = 0;  // number of the first merge in that unit
+  Ids ids;
+  std::vector<std::pair<std::string, std::string>> merges;
+  std::string unk_name{eos_name};
+
+  [[noreturn]] void fail_at(std::size_t rank, const std::string& what) const {
+    fail(merges_file, merge_unit + " " + std::to_string(first_merge + rank) + " " + what);
+  }
+};
+
+std::int32_t checked_id(const json& value, const std::string& symbol, const fs::path& file) {
+  if (!value.is_number_unsigned() || value.get<std::uint64_t>() >= static_cast<std::uint64_t>(max_vocab))
+    fail(file,
+         "the id of " + in_quotes(symbol) + " is not an integer from 0 to " + std::to_string(max_vocab - 1));
+  return value.get<std::int32_t>();
+}
+
+Ids read_ids(const json& object, const fs::path& file) {
+  Ids ids;
+  for (const auto& [symbol, value] : object.items()) ids.emplace(symbol, checked_id(value, symbol, file));
+  return ids;
+}
+
+void check_unique(const Ids& ids, const fs::path& file) {
+  std::unordered_map<std::int32_t, const std::string*> seen;
+  for (const auto& [symbol, id] : ids)
+    if (const auto [other, fresh] = seen.emplace(id, &symbol); !fresh)
+      fail(file, "gives the id " + std::to_string(id) + " to both " + in_quotes(*other->second) + " and " +
+                     in_quotes(symbol));
+}
+
+std::pair<std::string, std::string> split_merge(std::string_view line, std::size_t rank,
+                                                const Vocabulary& v) {
+  const std::size_t space = line.find(' ');
+  if (space == std::string_view::npos || space == 0 || space + 1 == line.size() ||
+      line.find(' ', space + 1) != std::string_view::npos)
+    v.fail_at(rank, "is not two symbols with a space between them: " + in_quotes(line));
+  return {std::string(line.substr(0, space)), std::string(line.substr(space + 1))};
+}
+
+void read_merges_txt(const fs::path& file, Vocabulary& v) {
+  v.merges_file = file;
+  v.merge_unit = "line";
+  v.first_merge = 2;
+  const std::string content = read_file(file);
+  std::string_view rest = content;
+  while (!rest.empty() && (rest.back() == '\n' || rest.back() == '\r')) rest.remove_suffix(1);
+  const auto next_line = [&rest] {
+    const std::size_t end = std::min(rest.find('\n'), rest.size());
+    std::string_view line = rest.substr(0, end);
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+    return line;
+  };
+  if (next_line().find("#version") == std::string_view::npos)
+    fail(file, "the first line is not a '#version' line, so this is not a list of BPE merges");
+  while (!rest.empty() && v.merges.size() < max_merges) {
+    const std::string_view line = next_line();
+    v.merges.push_back(split_merge(line, v.merges.size(), v));
+  }
+}
+
+void read_tokenizer_json(const fs::path& file, Vocabulary& v) {
+  v.ids_file = v.merges_file = file;
+  v.merge_unit = "merge";
+  const json root = read_json(file);
+  const json& model = member(root, "model");
+  const json& vocab = model.is_object() ? member(model, "vocab") : model;
+  if (!vocab.is_object()) fail(file, "has no object model.vocab");
+  const json& type = member(model, "type");  // absent in files of tokenizers < 0.9
+  if (!type.is_null() && type != "BPE") fail(file, "model.type is not BPE, so this is no CLIP tokenizer");
+  if (member(model, "end_of_word_suffix") != end_of_word)
+    fail(file, "model.end_of_word_suffix is not '</w>', so this is no CLIP tokenizer");
+  const json& prefix = member(model, "continuing_subword_prefix");
+  if (!prefix.is_null() && prefix != "")
+    fail(file, "model.continuing_subword_prefix is not empty, so this is no CLIP tokenizer");
+  v.ids = read_ids(vocab, file);
+
+  const json& added = member(root, "added_tokens");
+  if (!added.is_null() && !added.is_array()) fail(file, "added_tokens is not an array");
+  for (const json& token : added) {
+    if (!token.is_object() || !member(token, "content").is_string())
+      fail(file, "an entry of added_tokens has no content");
+    const std::string name = token["content"];
+    const std::int32_t id = checked_id(member(token, "id"), name, file);
+    if (v.ids.emplace(name, id).first->second != id) fail(file, "gives two ids to " + in_quotes(name));
+  }
+
+  const json& merges = member(model, "merges");
+  if (!merges.is_array()) fail(file, "has no array model.merges");
+  for (const json& merge : merges) {
+    const std::size_t rank = v.merges.size();
+    if (merge.is_string())
+      v.merges.push_back(split_merge(merge.get_ref<const std::string&>(), rank, v));
+    else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string())
+      v.merges.emplace_back(merge[0], merge[1]);
+    else
+      v.fail_at(rank, "is neither \"a b\" nor [\"a\", \"b\"]");
+  }
+  const json& unk = member(model, "unk_token");
+  if (!unk.is_null() && !unk.is_string()) fail(file, "model.unk_token is not a string");
+  if (unk.is_string()) v.unk_name = unk;
+}
+
+// GPT-2's printable stand-ins for the 256 bytes, in the order of their ids: the bytes that print in Latin-1
+// stand for themselves, the other 68 follow as U+0100, U+0101, ...
+struct ByteSymbols {
+  std::array<std::string, 256> text;    // by byte
+  std::array<unsigned char, 256> byte;  // by id
+
+  ByteSymbols() {
+    std::size_t count = 0;
+    const auto add = [&](int b, CodePoint c) {
+      utf8proc_uint8_t utf8[4];
+      const auto n = utf8proc_encode_char(c, utf8);
+      text[static_cast<std::size_t>(b)].assign(utf8, utf8 + n);
+      byte[count++] = static_cast<unsigned char>(b);
+    };
+    const auto prints = [](int b) { return (b >= 33 && b <= 126) || (b >= 161 && b != 173); };
+    for (int b = 0; b < 256; ++b)
+      if (prints(b)) add(b, b);
+    CodePoint next = 256;
+    for (int b = 0; b < 256; ++b)
+      if (!prints(b)) add(b, next++);
+  }
+};
+
+// CLIP's own numbering, for a list of merges without vocab.json.
+void number_by_rule(const ByteSymbols& bytes, Vocabulary& v) {
+  v.ids_file = v.merges_file;
+  std::int32_t next = 0;
+  for (const unsigned char b : bytes.byte) v.ids.emplace(bytes.text[b], next++);
+  for (const unsigned char b : bytes.byte) v.ids.emplace(bytes.text[b] + std::string(end_of_word), next++);
+  for (std::size_t rank = 0; rank < v.merges.size(); ++rank) {
+    const auto& [left, right] = v.merges[rank];
+    for (const std::string& symbol : {left, right})
+      if (!v.ids.contains(symbol))
+        v.fail_at(rank, "names the symbol " + in_quotes(symbol) + ", which no earlier merge makes");
+    if (!v.ids.emplace(left + right, next++).second)
+      v.fail_at(rank, "makes the symbol " + in_quotes(left + right) + ", which exists already");
+  }
+  v.ids.emplace(bos_name, next++);
+  v.ids.emplace(eos_name, next++);
+}
+
+// The token that a folder's configuration names by `key` ("pad_token"): a string, or an object with
+// `content`.
+std::optional<std::string> configured_token(const fs::path& folder, const char* key) {
+  for (const char* name : {"tokenizer_config.json", "special_tokens_map.json"}) {
+    const fs::path file = folder / name;
+    if (!fs::exists(file)) continue;
+    const json config = read_json(file);
+    const json& value = member(config, key);
+    const json& token = value.is_object() ? member(value, "content") : value;
+    if (token.is_string()) return token.get<std::string>();
+    if (!value.is_null()) fail(file, std::string(key) + " is not a string");
+  }
+  return std::nullopt;
+}
+
+std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
+  return std::uint64_t{static_cast<std::uint32_t>(left)} << 32 | static_cast<std::uint32_t>(right);
+}
+
+// Code points in NFC and lower case, by the full mapping of single characters (no final sigma): what the
+// normalizers NFC and Lowercase of CLIPTokenizerFast give.
+std::vector<CodePoint> normalize(std::string_view text) {
+  std::string valid;
+  const auto append = [&valid](CodePoint c) {
+    utf8proc_uint8_t utf8[4];
+    valid.append(utf8, utf8 + utf8proc_encode_char(c, utf8));
+  };
+  for (std::size_t i = 0; i < text.size();) {
+    CodePoint c = 0;
+    const auto n = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + i,
+                                    static_cast<utf8proc_ssize_t>(text.size() - i), &c);
+    append(n > 0 ? c : replacement_character);
+    i += n > 0 ? static_cast<std::size_t>(n) : 1;
+  }
+
+  constexpr auto nfc = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+  const auto decompose = [&](CodePoint* out, std::size_t room) {
+    return utf8proc_decompose(reinterpret_cast<const utf8proc_uint8_t*>(valid.data()),
+                              static_cast<utf8proc_ssize_t>(valid.size()), out,
+                              static_cast<utf8proc_ssize_t>(room), nfc);
+  };
+  const auto count = decompose(nullptr, 0);
+  if (count < 0) throw std::runtime_error(std::string("the prompt: ") + utf8proc_errmsg(count));
+  std::vector<CodePoint> points(static_cast<std::size_t>(count));
+  decompose(points.data(), points.size());
+  points.resize(static_cast<std::size_t>(utf8proc_normalize_utf32(points.data(), count, nfc)));
+
+  std::vector<CodePoint> lower;
+  lower.reserve(points.size());
+  for (const CodePoint c : points) {
+    if (c == 0x130) {  // the one letter whose lower case is two code points: i and a dot above
+      lower.insert(lower.end(), {'i', 0x307});
+    } else {
+      lower.push_back(utf8proc_tolower(c));
+    }
+  }
+  return lower;
+}
+
+enum class Class { space, letter, number, other };
+
+Class class_of(CodePoint c) {
+  switch (utf8proc_category(c)) {
+    case UTF8PROC_CATEGORY_LU:
+    case UTF8PROC_CATEGORY_LL:
+    case UTF8PROC_CATEGORY_LT:
+    case UTF8PROC_CATEGORY_LM:
+    case UTF8PROC_CATEGORY_LO:
+      return Class::letter;
+    case UTF8PROC_CATEGORY_ND:
+    case UTF8PROC_CATEGORY_NL:
+    case UTF8PROC_CATEGORY_NO:
+      return Class::number;
+    case UTF8PROC_CATEGORY_ZS:
+    case UTF8PROC_CATEGORY_ZL:
+    case UTF8PROC_CATEGORY_ZP:
+      return Class::space;
+    default:  // White_Space holds six control characters besides the separators
+      return (c >= 9 && c <= 13) || c == 0x85 ? Class::space : Class::other;
+  }
+}
+
+bool starts_with(const std::vector<CodePoint>& text, std::size_t at, std::string_view ascii) {
+  return text.size() - at >= ascii.size() &&
+         std::equal(ascii.begin(), ascii.end(), text.begin() + static_cast<std::ptrdiff_t>(at),
+                    [](char a, CodePoint c) { return a == c; });
+}
+
+// The end of the piece that begins at `at`, which is no space and begins no special token.
+std::size_t end_of_piece(const std::vector<CodePoint>& text, std::size_t at) {
+  for (const std::string_view contraction : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+    if (starts_with(text, at, contraction)) return at + contraction.size();
+  const Class kind = class_of(text[at]);
+  std::size_t end = at + 1;
+  if (kind == Class::number) return end;
+  while (end < text.size() && class_of(text[end]) == kind && !starts_with(text, end, bos_name) &&
+         !starts_with(text, end, eos_name))
+    ++end;
+  return end;
+}
+
+}  // namespace
+
+ClipTokenizer ClipTokenizer::load(const fs::path& folder_or_file) {
+  static const ByteSymbols bytes;
+  const bool folder = fs::is_directory(folder_or_file);
+  Vocabulary v;
+  if (folder && fs::exists(folder_or_file / "merges.txt")) {
+    if (const fs::path file = folder_or_file / "vocab.json"; fs::exists(file)) {
+      v.ids_file = file;
+      v.ids = read_ids(read_json(file), file);
+    }
+    read_merges_txt(folder_or_file / "merges.txt", v);
+  } else if (folder && fs::exists(folder_or_file / "tokenizer.json")) {
+    read_tokenizer_json(folder_or_file / "tokenizer.json", v);
+  } else if (folder) {
+    fail(folder_or_file, "holds no CLIP tokenizer: neither merges.txt nor tokenizer.json is there");
+  } else if (folder_or_file.extension() == ".json") {
+    read_tokenizer_json(folder_or_file, v);
+  } else {
+    read_merges_txt(folder_or_file, v);
+  }
+  if (v.ids_file.empty()) number_by_rule(bytes, v);
+  check_unique(v.ids, v.ids_file);
+
+  ClipTokenizer out;
+  const auto find = [&v](const std::string& symbol) {
+    const auto found = v.ids.find(symbol);
+    return found == v.ids.end() ? no_id : found->second;
+  };
+  const auto required = [&](const std::string& symbol, const char* role) {
+    const std::int32_t id = find(symbol);
+    if (id == no_id) fail(v.ids_file, "lacks the " + std::string(role) + " token " + in_quotes(symbol));
+    return id;
+  };
+  out.bos_ = required(std::string(bos_name), "first");
+  out.eos_ = required(std::string(eos_name), "last");
+  if (folder) {
+    if (const auto unk = configured_token(folder_or_file, "unk_token")) v.unk_name = *unk;
+    if (const auto pad = configured_token(folder_or_file, "pad_token")) out.pad_ = required(*pad, "padding");
+  }
+  out.unk_ = required(v.unk_name, "unknown");
+  for (std::size_t b = 0; b < 256; ++b) {
+    out.inner_[b] = find(bytes.text[b]);
+    out.last_[b] = find(bytes.text[b] + std::string(end_of_word));
+  }
+  for (const auto& [symbol, id] : v.ids) out.vocab_size_ = std::max(out.vocab_size_, id + 1);
+
+  for (std::size_t rank = 0; rank < v.merges.size(); ++rank) {
+    const auto& [left, right] = v.merges[rank];
+    for (const std::string& symbol : {left, right, left + right})
+      if (find(symbol) == no_id)
+        v.fail_at(rank, "needs the symbol " + in_quotes(symbol) + ", which is not in the vocabulary");
+    const Merge merge{static_cast<std::uint32_t>(rank), find(left + right)};
+    if (!out.merges_.emplace(pair_key(find(left), find(right)), merge).second)
+      v.fail_at(rank, "repeats an earlier merge of " + in_quotes(left) + " and " + in_quotes(right));
+  }
+  return out;
+}
+
+const ClipTokenizer::Merge* ClipTokenizer::find_merge(std::int32_t left, std::int32_t right) const {
+  const auto found = merges_.find(pair_key(left, right));
+  return found == merges_.end() ? nullptr : &found->second;
+}
+
+// Merges the pair of lowest rank, the leftmost of equals, until no pair has a rank. A heap holds the
+// candidate pairs by rank and position; entries whose pair has changed since are known by their rank and
+// skipped.
+void ClipTokenizer::append_bpe(std::string_view piece, std::vector<std::int32_t>& ids) const {
+  struct Symbol {
+    std::int32_t id;  // no_id: absent from the vocabulary, or merged into its left neighbour
+    std::size_t previous, next;
+    bool merged = false;
+  };
+  const std::size_t n = piece.size();
+  std::vector<Symbol> symbols(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto byte = static_cast<unsigned char>(piece[i]);
+    symbols[i] = {i + 1 < n ? inner_[byte] : last_[byte], i - 1,
+                  i + 1};  // i - 1 of the first is never a position
+  }
+
+  using Candidate = std::pair<std::uint32_t, std::size_t>;  // rank, position of the left symbol
+  std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> candidates;
+  const auto merge_at = [&](std::size_t left) -> const Merge* {
+    if (left >= n || symbols[left].next >= n) return nullptr;
+    return find_merge(symbols[left].id, symbols[symbols[left].next].id);
+  };
+  const auto propose = [&](std::size_t left) {
+    if (const Merge* merge = merge_at(left)) candidates.emplace(merge->rank, left);
+  };
+  for (std::size_t i = 0; i < n; ++i) propose(i);
+  while (!candidates.empty()) {
+    const auto [rank, left] = candidates.top();
+    candidates.pop();
+    const Merge* merge = merge_at(left);
+    if (merge == nullptr || merge->rank != rank) continue;
+    Symbol& kept = symbols[left];
+    Symbol& gone = symbols[kept.next];
+    kept.id = merge->result;
+    kept.next = gone.next;
+    gone.id = no_id;
+    gone.merged = true;
+    if (kept.next < n) symbols[kept.next].previous = left;
+    propose(kept.previous);
+    propose(left);
+  }
+  for (const Symbol& symbol : symbols)
+    if (!symbol.merged) ids.push_back(symbol.id == no_id ? unk_ : symbol.id);
+}
+
+std::vector<std::int32_t> ClipTokenizer::encode(std::string_view text) const {
+  if (text.size() > max_text_bytes)
+    throw std::runtime_error("the prompt has " + std::to_string(text.size()) + " bytes; at most " +
+                             std::to_string(max_text_bytes) + " are taken");
+  const std::vector<CodePoint> points = normalize(text);
+  std::vector<std::int32_t> ids;
+  std::string piece;
+  for (std::size_t at = 0; at < points.size();) {
+    if (starts_with(points, at, bos_name)) {
+      ids.push_back(bos_);
+      at += bos_name.size();
+    } else if (starts_with(points, at, eos_name)) {
+      ids.push_back(eos_);
+      at += eos_name.size();
+    } else if (class_of(points[at]) == Class::space) {
+      ++at;
+    } else {
+      const std::size_t end = end_of_piece(points, at);
+      piece.clear();
+      for (; at < end; ++at) {
+        utf8proc_uint8_t utf8[4];
+        piece.append(utf8, utf8 + utf8proc_encode_char(points[at], utf8));
+      }
+      append_bpe(piece, ids);
+    }
+  }
+  return ids;
+}
+
+std::vector<std::int32_t> ClipTokenizer::encode_padded(std::string_view text, int length,
+                                                       std::optional<std::int32_t> pad) const {
+  if (length < 2) throw std::runtime_error("a CLIP token sequence has at least 2 places");
+  const auto size = static_cast<std::size_t>(length);
+  std::vector<std::int32_t> ids = encode(text);
+  ids.resize(std::min(ids.size(), size - 2));
+  ids.insert(ids.begin(), bos_);
+  ids.push_back(eos_);
+  ids.resize(size, pad.value_or(pad_.value_or(eos_)));
+  return ids;
+}
+
+}  // namespace sd35
