@@ -1,22 +1,18 @@
 // Depthwise 3x3 convolution over the token grid: the contract. The host's form is in depthwise_conv_cpu.hpp.
 //
-//   y[t, c] = (residual ? x[t, c] : 0) + bias[c] + sum_{i, j < 3} weight[c, 0, i, j] x[t(row + i - 1, col + j
-//   - 1), c]
+//   y[t, c] = (residual ? x[t, c] : 0) + bias[c] + sum_{i, j < 3} weight[c, 0, i, j] x[t', c]
 //
-// for the tokens t of the grid, t = offset + row * width + col, with zeros outside the grid. Tokens outside
-// [offset, offset + height * width), such as text beside an image, pass through: y = x, whatever `residual`
-// says.
+// for the tokens t = offset + row * width + column of the grid; t' is the token at (row + i - 1,
+// column + j - 1), and x is zero outside the grid. Tokens before and after the grid, such as text beside an
+// image, pass through: y = x, whatever `residual` says.
 //
-// Shapes    x, out (b, n, h, c); weight [h * c, 1, 3, 3] with channel = head * head_dim + c; bias [h * c] or
-// empty. Numerics  one chain of fused multiply-adds an element, in the order bias, taps row by row, then the
-// residual;
-//           |error| <= 11 eps (|x| + |bias| + sum |weight x|), eps that of Compute<T>, and one rounding to T.
-//           Elements are independent: results do not depend on layout, threads or neighbouring channels.
-// Errors    shape (out, weight, bias), stride (channel strides must be 1), empty (an axis, the grid), option
-// (a grid
-//           that does not fit the tokens), null_data, alias (out is x).
-// Workspace none.
-// Source    `q_conv2d`, `k_conv2d` of T5 (Transformer-to-TTT), a locality bias on queries and keys.
+// Shapes: x, out (b, n, h, c); weight [h * c, 1, 3, 3], channel = head * head_dim + c; bias [h * c] or empty.
+// Numerics: one chain of fused multiply-adds an element, in the order bias, taps row by row, residual;
+// |error| <= 11 eps (|x| + |bias| + sum |weight x|), eps that of Compute<T>, and one rounding to T. Elements
+// are independent of each other: results do not depend on layout or threads.
+// Errors: empty (an axis, the grid), shape (out, weight, bias), stride (the channel strides must be 1),
+// option (a grid that does not fit the tokens), null_data, alias (out is x). No workspace.
+// Source: q_conv2d and k_conv2d of the T5 layer (LeapLabTHU/Transformer-to-TTT), a locality bias.
 #pragma once
 
 #include <type_traits>
