@@ -2,7 +2,7 @@
 #include "support.hpp"
 
 #include <cstdlib>
-#include <memory>
+#include <new>
 
 using namespace support;
 
@@ -40,18 +40,21 @@ TEST_CASE("layouts hold the same values") {
 }
 
 TEST_CASE("allocations are counted") {
+  if (!Allocations::counted()) return;
   const Allocations allocations;
-  if (Allocations::counted()) {
-    void* volatile memory = std::malloc(16);
-    std::free(memory);
-    CHECK(allocations.count() == 1);
-    auto value = std::make_unique<int>(1);
-    CHECK(allocations.count() == 2);
-    void* aligned = nullptr;
-    CHECK(posix_memalign(&aligned, 64, 64) == 0);
-    std::free(aligned);
-    CHECK(allocations.count() == 3);
-  }
+  void* volatile memory = std::malloc(16);
+  const std::size_t after_malloc = allocations.count();
+  std::free(memory);
+  ::operator delete(::operator new(16));
+  const std::size_t after_new = allocations.count();
+  void* aligned = nullptr;
+  const int error = posix_memalign(&aligned, 64, 64);
+  std::free(aligned);
+  const std::size_t after_memalign = allocations.count();
+  CHECK(error == 0);
+  CHECK(after_malloc == 1);
+  CHECK(after_new == after_malloc + 1);
+  CHECK(after_memalign == after_new + 1);
 }
 
 TEST_CASE("scratch notices a write behind its end") {
