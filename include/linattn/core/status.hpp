@@ -21,7 +21,8 @@ enum class Code : std::uint8_t {
   option,     // an option is out of its range
   workspace,  // the workspace is null or too short; expected and actual are bytes
   alias,      // output memory overlaps an input where the op does not allow it
-  native,     // a backend call failed; Status::native holds its error code
+  format,     // the content of a file is not what its format says (weights/)
+  native,     // a call of the backend or of the system failed; Status::native holds its error code
 };
 
 // The outcome of an op. `what` is a string literal that names the tensor and the axis.
@@ -53,6 +54,8 @@ struct [[nodiscard]] Status {
       return "workspace too small";
     case Code::alias:
       return "overlapping memory";
+    case Code::format:
+      return "malformed file";
     case Code::native:
       return "backend error";
   }
