@@ -1,0 +1,61 @@
+// Walking over channels in SIMD packs, the last of them partly filled.
+#pragma once
+
+#include <linattn/core/tensor.hpp>
+#include <linattn/detail/simd.hpp>
+#include <linattn/version.hpp>
+
+LINATTN_BEGIN
+namespace detail {
+
+// All lanes of a pack, and the first `count` of them: where an element-wise op loads and stores.
+template <class C>
+struct AllLanes {
+  template <class S>
+  [[nodiscard]] LINATTN_INLINE Pack<C> load(const S* p) const {
+    return detail::load<C>(p);
+  }
+  template <class S>
+  LINATTN_INLINE void store(S* p, Pack<C> value) const {
+    detail::store(p, value);
+  }
+};
+template <class C>
+struct SomeLanes {
+  int count;
+  template <class S>
+  [[nodiscard]] LINATTN_INLINE Pack<C> load(const S* p) const {
+    return load_partial<C>(p, count);
+  }
+  template <class S>
+  LINATTN_INLINE void store(S* p, Pack<C> value) const {
+    store_partial(p, value, count);
+  }
+};
+
+// f(channel, lanes) for the packs of channels [begin, end). A lane is computed alike in a whole and in a
+// partial pack, so the results of an element-wise f do not depend on where the packs begin.
+template <class C, class F>
+LINATTN_INLINE void for_each_pack(Index begin, Index end, const F& f) {
+  constexpr Index width = Pack<C>::size;
+  Index c = begin;
+  for (; c + width <= end; c += width) f(c, AllLanes<C>{});
+  if (c < end) f(c, SomeLanes<C>{static_cast<int>(end - c)});
+}
+
+// Heads that follow each other without a gap, seen as one: an op that works on each channel alone then walks
+// whole rows.
+template <class T>
+[[nodiscard]] constexpr bool heads_are_dense(const TensorView<T, 4>& v) {
+  return v.extent(2) == 1 || v.stride(2) == v.extent(3);
+}
+template <class T>
+[[nodiscard]] constexpr TensorView<T, 4> merge_heads(TensorView<T, 4> v) {
+  v.extents[3] *= v.extents[2];
+  v.extents[2] = 1;
+  v.strides[3] = 1;
+  return v;
+}
+
+}  // namespace detail
+LINATTN_END
