@@ -1,0 +1,365 @@
+#include "checkpoint.hpp"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <fstream>
+#include <stdexcept>
+#include <utility>
+
+#include <linattn/weights/json.hpp>
+
+#include "runtime.hpp"
+
+namespace sd35 {
+namespace {
+
+namespace fs = std::filesystem;
+using linattn::Safetensors;
+using linattn::TensorInfo;
+
+struct ComponentTraits {
+  std::string_view name;
+  std::string_view folder;                   // in a diffusers directory
+  std::array<std::string_view, 3> prefixes;  // in a file that holds several components
+  std::array<std::string_view, 2>
+      signatures;  // a tensor that begins so tells the component: official, diffusers
+};
+
+const ComponentTraits& traits(Component component) {
+  static constexpr std::string_view clip = "text_model.embeddings.token_embedding.";
+  static constexpr std::array<ComponentTraits, 5> table{{
+      {"SD3.5 transformer",
+       "transformer",
+       {"model.diffusion_model.", "", ""},
+       {"joint_blocks.0.", "transformer_blocks.0.attn.add_q_proj."}},
+      {"VAE decoder",
+       "vae",
+       {"first_stage_model.", "vae.", ""},
+       {"decoder.mid.block_1.", "decoder.mid_block."}},
+      {"CLIP-L text encoder", "text_encoder", {"text_encoders.clip_l.transformer.", "", ""}, {clip, clip}},
+      {"CLIP-G text encoder", "text_encoder_2", {"text_encoders.clip_g.transformer.", "", ""}, {clip, clip}},
+      {"T5 text encoder",
+       "text_encoder_3",
+       {"text_encoders.t5xxl.transformer.", "", ""},
+       {"encoder.block.0.", "encoder.block.0."}},
+  }};
+  return table[static_cast<std::size_t>(component)];
+}
+
+bool holds(const Safetensors& files, const std::string& beginning) {
+  return std::any_of(files.tensors().begin(), files.tensors().end(),
+                     [&](const TensorInfo& info) { return info.name.starts_with(beginning); });
+}
+
+struct Renaming {
+  std::string_view official, diffusers;
+};
+
+// The first rule whose official part begins the name.
+template <std::size_t N>
+std::string rename(std::string_view name, const std::array<Renaming, N>& rules) {
+  for (const Renaming& rule : rules)
+    if (name.starts_with(rule.official))
+      return std::string(rule.diffusers) + std::string(name.substr(rule.official.size()));
+  return std::string(name);
+}
+
+// Takes "<number>." off the front of `rest`; -1 if it is not there.
+Index take_index(std::string_view& rest) {
+  Index index = -1;
+  const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), index);
+  if (error != std::errc{} || end == rest.data() + rest.size() || *end != '.') return -1;
+  rest.remove_prefix(static_cast<std::size_t>(end - rest.data()) + 1);
+  return index;
+}
+
+std::string diffusers_transformer_name(std::string_view name) {
+  static constexpr std::array<Renaming, 8> outside{{
+      {"x_embedder.proj.", "pos_embed.proj."},
+      {"t_embedder.mlp.0.", "time_text_embed.timestep_embedder.linear_1."},
+      {"t_embedder.mlp.2.", "time_text_embed.timestep_embedder.linear_2."},
+      {"y_embedder.mlp.0.", "time_text_embed.text_embedder.linear_1."},
+      {"y_embedder.mlp.2.", "time_text_embed.text_embedder.linear_2."},
+      {"final_layer.adaLN_modulation.1.", "norm_out.linear."},
+      {"final_layer.linear.", "proj_out."},
+      {"pos_embed", "pos_embed.pos_embed"},
+  }};
+  static constexpr std::array<Renaming, 26> inside{{
+      {"x_block.adaLN_modulation.1.", "norm1.linear."},
+      {"x_block.attn.q.", "attn.to_q."},
+      {"x_block.attn.k.", "attn.to_k."},
+      {"x_block.attn.v.", "attn.to_v."},
+      {"x_block.attn.ln_q.", "attn.norm_q."},
+      {"x_block.attn.ln_k.", "attn.norm_k."},
+      {"x_block.attn.proj.", "attn.to_out.0."},
+      {"x_block.attn.", "attn."},  // what a conversion adds: w1, q_conv2d, ...
+      {"x_block.attn2.q.", "attn2.to_q."},
+      {"x_block.attn2.k.", "attn2.to_k."},
+      {"x_block.attn2.v.", "attn2.to_v."},
+      {"x_block.attn2.ln_q.", "attn2.norm_q."},
+      {"x_block.attn2.ln_k.", "attn2.norm_k."},
+      {"x_block.attn2.proj.", "attn2.to_out.0."},
+      {"x_block.attn2.", "attn2."},
+      {"x_block.mlp.fc1.", "ff.net.0.proj."},
+      {"x_block.mlp.fc2.", "ff.net.2."},
+      {"context_block.adaLN_modulation.1.", "norm1_context.linear."},
+      {"context_block.attn.q.", "attn.add_q_proj."},
+      {"context_block.attn.k.", "attn.add_k_proj."},
+      {"context_block.attn.v.", "attn.add_v_proj."},
+      {"context_block.attn.ln_q.", "attn.norm_added_q."},
+      {"context_block.attn.ln_k.", "attn.norm_added_k."},
+      {"context_block.attn.proj.", "attn.to_add_out."},
+      {"context_block.mlp.fc1.", "ff_context.net.0.proj."},
+      {"context_block.mlp.fc2.", "ff_context.net.2."},
+  }};
+  static constexpr std::string_view blocks = "joint_blocks.";
+  if (!name.starts_with(blocks)) return rename(name, outside);
+  std::string_view rest = name.substr(blocks.size());
+  const Index block = take_index(rest);
+  if (block < 0) return std::string(name);
+  return "transformer_blocks." + std::to_string(block) + "." + rename(rest, inside);
+}
+
+std::string diffusers_vae_name(std::string_view name, Index levels) {
+  static constexpr std::array<Renaming, 8> outside{{
+      {"decoder.norm_out.", "decoder.conv_norm_out."},
+      {"decoder.mid.block_1.", "decoder.mid_block.resnets.0."},
+      {"decoder.mid.block_2.", "decoder.mid_block.resnets.1."},
+      {"decoder.mid.attn_1.norm.", "decoder.mid_block.attentions.0.group_norm."},
+      {"decoder.mid.attn_1.q.", "decoder.mid_block.attentions.0.to_q."},
+      {"decoder.mid.attn_1.k.", "decoder.mid_block.attentions.0.to_k."},
+      {"decoder.mid.attn_1.v.", "decoder.mid_block.attentions.0.to_v."},
+      {"decoder.mid.attn_1.proj_out.", "decoder.mid_block.attentions.0.to_out.0."},
+  }};
+  static constexpr std::string_view up = "decoder.up.";
+  if (!name.starts_with(up)) return rename(name, outside);
+  std::string_view rest = name.substr(up.size());
+  const Index level = take_index(rest);
+  if (level < 0) return std::string(name);
+  // diffusers counts the levels in the order in which they run
+  std::string result = "decoder.up_blocks." + std::to_string(levels - 1 - level) + ".";
+  static constexpr std::string_view block = "block.", upsample = "upsample.", shortcut = "nin_shortcut.";
+  if (rest.starts_with(upsample)) return result + "upsamplers.0." + std::string(rest.substr(upsample.size()));
+  if (!rest.starts_with(block)) return std::string(name);
+  rest.remove_prefix(block.size());
+  const Index index = take_index(rest);
+  if (index < 0) return std::string(name);
+  result += "resnets." + std::to_string(index) + ".";
+  if (rest.starts_with(shortcut))
+    return result + "conv_shortcut." + std::string(rest.substr(shortcut.size()));
+  return result + std::string(rest);
+}
+
+// What a file without a component of SD3.5 is instead, if that can be told.
+std::string guess_family(const Safetensors& files) {
+  static constexpr std::array<std::pair<std::string_view, std::string_view>, 8> known{{
+      {"double_blocks.", "a Flux transformer"},
+      {"model.diffusion_model.double_blocks.", "a Flux model"},
+      {"model.diffusion_model.input_blocks.", "a Stable Diffusion 1, 2 or XL model"},
+      {"down_blocks.", "a U-Net of Stable Diffusion 1, 2 or XL"},
+      {"transformer_blocks.", "a diffusion transformer of another family"},
+      {"blocks.", "a vision or diffusion transformer of another family"},
+      {"lora_", "a LoRA"},
+      {"model.diffusion_model.joint_blocks.", "an SD3 or SD3.5 model file"},
+  }};
+  for (const auto& [beginning, family] : known)
+    if (holds(files, std::string(beginning))) return "; it looks like " + std::string(family);
+  return {};
+}
+
+nlohmann::json read_config(const fs::path& path) {
+  std::error_code ignored;
+  if (!fs::exists(path, ignored)) return nullptr;
+  std::ifstream file(path, std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  nlohmann::json config;
+  std::string why = linattn::parse_json(text, config);
+  if (why.empty() && !config.is_object()) why = "is not a JSON object";
+  if (!why.empty()) throw std::runtime_error(path.string() + ": " + why);
+  return config;
+}
+
+bool same_shape(const std::vector<Index>& wanted, const std::vector<Index>& shape) {
+  return std::equal(wanted.begin(), wanted.end(), shape.begin(), shape.end(),
+                    [](Index w, Index s) { return w == Checkpoint::any || w == s; });
+}
+
+std::string describe_shape(const std::vector<Index>& shape) {
+  std::string text = to_string(shape);
+  for (std::size_t at; (at = text.find("-1")) != std::string::npos;) text.replace(at, 2, "any");
+  return text;
+}
+
+// The weight in memory of its own, as it was or with its halves swapped.
+Weight copy(const Weight& weight, std::size_t bytes, bool swap_halves) {
+  auto memory = std::make_shared<Buffer>(bytes);
+  const auto* source = static_cast<const std::byte*>(weight.data);
+  std::rotate_copy(source, source + (swap_halves ? bytes / 2 : 0), source + bytes, memory->data());
+  Weight result = weight;
+  result.data = memory->data();
+  result.owner = std::move(memory);
+  return result;
+}
+
+// The part of a fused tensor that `.q.`, `.k.` or `.v.` names: 0, 1, 2, or -1 if the name is of none.
+int fused_part(std::string_view tensor) {
+  for (int part = 0; part < 3; ++part)
+    for (const std::string_view attention : {".attn.", ".attn2."}) {
+      const std::string wanted = std::string(attention) + "qkv"[part] + ".";
+      if (tensor.find(wanted) != std::string_view::npos) return part;
+    }
+  return -1;
+}
+
+}  // namespace
+
+std::string_view name(Component component) { return traits(component).name; }
+
+std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Component component) {
+  const ComponentTraits& wanted = traits(component);
+  std::error_code ignored;
+  fs::path folder;
+  if (fs::is_directory(path, ignored)) {
+    folder = path;
+    if (fs::is_directory(path / wanted.folder, ignored))
+      folder = path / wanted.folder;
+    else if (fs::exists(path / "model_index.json", ignored))
+      return std::nullopt;
+  }
+
+  auto files = std::make_shared<Safetensors>();
+  if (const linattn::FileStatus status = Safetensors::open(folder.empty() ? path : folder, *files);
+      !status.ok())
+    throw std::runtime_error(message(status));
+
+  Checkpoint checkpoint;
+  checkpoint.component_ = component;
+  bool found = false;
+  for (const std::string_view prefix : wanted.prefixes)
+    for (std::size_t layout = 0; layout < 2 && !found; ++layout)
+      if (holds(*files, std::string(prefix) + std::string(wanted.signatures[layout]))) {
+        found = true;
+        checkpoint.prefix_ = prefix;
+        checkpoint.diffusers_ = layout == 1;
+      }
+  checkpoint.files_ = std::move(files);
+  if (!found) return std::nullopt;
+
+  // A lone file of the standard name lies in the folder of its component, too.
+  const std::string file = path.filename().string();
+  if (folder.empty() &&
+      (file.starts_with("model.safetensors") || file.starts_with("diffusion_pytorch_model.")))
+    folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
+  if (!folder.empty()) checkpoint.config_ = read_config(folder / "config.json");
+
+  const std::string levels = checkpoint.prefix_ + "decoder.up_blocks.";
+  if (component == Component::vae && checkpoint.diffusers_)
+    while (holds(*checkpoint.files_, levels + std::to_string(checkpoint.vae_levels_) + "."))
+      ++checkpoint.vae_levels_;
+
+  for (const TensorInfo& info : checkpoint.files_->tensors())
+    if (info.name.starts_with(checkpoint.prefix_) && info.name.ends_with(".scale_weight"))
+      throw std::runtime_error(checkpoint.path().string() + ": tensor '" + info.name +
+                               "': scaled 8-bit weights are not supported; use the 16-bit file of the " +
+                               std::string(wanted.name));
+  return checkpoint;
+}
+
+Checkpoint Checkpoint::open(const fs::path& path, Component component) {
+  if (std::optional<Checkpoint> checkpoint = open_if_present(path, component)) return *std::move(checkpoint);
+  const ComponentTraits& wanted = traits(component);
+  std::error_code ignored;
+  if (fs::exists(path / "model_index.json", ignored))
+    throw std::runtime_error(path.string() + ": no folder " + std::string(wanted.folder) + ", so no " +
+                             std::string(wanted.name));
+  Safetensors files;
+  const linattn::FileStatus status = Safetensors::open(path, files);
+  throw std::runtime_error(path.string() + ": holds no " + std::string(wanted.name) + " (no tensor '" +
+                           std::string(wanted.signatures[0]) + "...')" +
+                           (status.ok() ? guess_family(files) : ""));
+}
+
+std::string Checkpoint::stored_name(std::string_view tensor) const {
+  if (component_ == Component::transformer) {
+    if (diffusers_) return diffusers_transformer_name(tensor);
+    if (fused_part(tensor) >= 0) {
+      std::string fused(tensor);
+      const std::size_t dot = fused.rfind('.', fused.rfind('.') - 1);
+      return fused.replace(dot + 1, 1, "qkv");
+    }
+  }
+  if (component_ == Component::vae && diffusers_) return diffusers_vae_name(tensor, vae_levels_);
+  return std::string(tensor);
+}
+
+const TensorInfo* Checkpoint::info(std::string_view tensor) const {
+  return files_->find(prefix_ + stored_name(tensor));
+}
+
+bool Checkpoint::has(std::string_view tensor) const { return info(tensor) != nullptr; }
+
+void Checkpoint::fail(std::string_view tensor, const std::string& why) const {
+  throw std::runtime_error(path().string() + ": tensor '" + prefix_ + stored_name(tensor) + "': " + why);
+}
+
+Weight Checkpoint::load(std::string_view tensor, const std::vector<Index>& expected) const {
+  const TensorInfo* found = info(tensor);
+  if (found == nullptr) fail(tensor, "missing, expected " + describe_shape(expected));
+  if (found->dtype == Dtype::f8_e4m3 || found->dtype == Dtype::f8_e5m2)
+    fail(tensor, "8-bit weights are not supported; use the 16-bit file of the " +
+                     std::string(traits(component_).name));
+  if (found->dtype != Dtype::f32 && found->dtype != Dtype::f16 && found->dtype != Dtype::bf16 &&
+      found->dtype != Dtype::f64)
+    fail(tensor, "expected F32, F16, BF16 or F64, got " + linattn::describe(*found));
+
+  Weight weight{found->name, found->dtype, found->shape, found->bytes.data(), files_};
+  const bool swapped = swapped_halves(tensor);
+  if (swapped || reinterpret_cast<std::uintptr_t>(weight.data) % linattn::size_of(weight.dtype) != 0)
+    weight = copy(weight, found->bytes.size(), swapped);
+  if (component_ == Component::transformer && !diffusers_ && fused_part(tensor) >= 0) {
+    if (weight.shape.empty() || weight.shape[0] % 3 != 0)
+      fail(tensor, "expected rows of q, k and v alike, got " + to_string(weight.shape));
+    const Index rows = weight.shape[0] / 3;
+    weight = weight.rows(fused_part(tensor) * rows, rows);
+  }
+  return weight;
+}
+
+Weight Checkpoint::get(std::string_view tensor, const std::vector<Index>& shape) const {
+  Weight weight = load(tensor, shape);
+  if (!same_shape(shape, weight.shape))
+    fail(tensor, "expected " + describe_shape(shape) + ", got " + to_string(weight.shape));
+  return weight;
+}
+
+Weight Checkpoint::matrix(std::string_view tensor, Index out, Index in) const {
+  Weight weight = load(tensor, {out, in});
+  while (weight.shape.size() > 2 && weight.shape.back() == 1) weight.shape.pop_back();
+  if (!same_shape({out, in}, weight.shape))
+    fail(tensor, "expected " + describe_shape({out, in}) + ", got " + to_string(weight.shape));
+  return weight;
+}
+
+bool Checkpoint::swapped_halves(std::string_view tensor) const {
+  if (component_ != Component::transformer || !diffusers_) return false;
+  if (tensor.starts_with("final_layer.adaLN_modulation.1.")) return true;
+  const std::size_t at = tensor.find(".context_block.adaLN_modulation.1.");
+  // The last context block alone has no projection: its modulation is (shift, scale) only.
+  return at != std::string_view::npos &&
+         !has(std::string(tensor.substr(0, at)) + ".context_block.attn.proj.weight");
+}
+
+std::vector<std::string> Checkpoint::stored_names() const {
+  std::vector<std::string> names;
+  for (const TensorInfo& tensor : files_->tensors())
+    if (tensor.name.starts_with(prefix_)) names.push_back(tensor.name.substr(prefix_.size()));
+  return names;
+}
+
+void Checkpoint::throw_config(const char* key, const char* expected) const {
+  throw std::runtime_error((path().parent_path() / "config.json").string() + ": '" + key + "' is " +
+                           config_[key].dump() + ", expected " + expected);
+}
+
+}  // namespace sd35

@@ -1,0 +1,110 @@
+// One tensor of a checkpoint, in the type that the file stores it in.
+#pragma once
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <linattn/core/dtype.hpp>
+#include <linattn/core/tensor.hpp>
+#include <linattn/weights/safetensors.hpp>
+
+namespace sd35 {
+
+using linattn::Index;
+using linattn::TensorView;
+
+using linattn::Dtype;
+
+// "[64, 16, 2, 2]"
+[[nodiscard]] inline std::string to_string(const std::vector<Index>& shape) {
+  std::string text = "[";
+  for (const Index extent : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(extent);
+  return text + "]";
+}
+
+// Dense and row-major. Copies share the memory, which lives as long as any of them.
+struct Weight {
+  std::string name;
+  Dtype dtype = Dtype::f32;  // or f16, bf16, f64
+  std::vector<Index> shape;
+  const void* data = nullptr;
+  std::shared_ptr<const void> owner;
+
+  [[nodiscard]] bool empty() const { return data == nullptr; }
+  [[nodiscard]] Index extent(int axis) const { return shape[static_cast<std::size_t>(axis)]; }
+  [[nodiscard]] Index elements() const {
+    Index n = 1;
+    for (const Index e : shape) n *= e;
+    return n;
+  }
+
+  // The same elements as [rows, all the rest]: a convolution's [O, C, 3, 3] is a matrix [O, 9 C].
+  [[nodiscard]] Weight matrix() const {
+    Weight result = *this;
+    result.shape = {shape.at(0), shape[0] == 0 ? 0 : elements() / shape[0]};
+    return result;
+  }
+  // Rows [begin, begin + count) of the first axis.
+  [[nodiscard]] Weight rows(Index begin, Index count) const;
+};
+
+// Calls f with a typed pointer to the elements: const float*, const half*, const bfloat16* or const double*.
+template <class F>
+decltype(auto) visit(const Weight& weight, F&& f) {
+  switch (weight.dtype) {
+    case Dtype::f16:
+      return f(static_cast<const linattn::half*>(weight.data));
+    case Dtype::bf16:
+      return f(static_cast<const linattn::bfloat16*>(weight.data));
+    case Dtype::f64:
+      return f(static_cast<const double*>(weight.data));
+    case Dtype::f32:
+      return f(static_cast<const float*>(weight.data));
+    default:
+      throw std::logic_error(weight.name + ": " + std::string(linattn::name(weight.dtype)) +
+                             " is no weight type");
+  }
+}
+
+inline Weight Weight::rows(Index begin, Index count) const {
+  if (shape.empty() || begin < 0 || count < 0 || begin + count > shape[0])
+    throw std::logic_error(name + ": rows " + std::to_string(begin) + " to " + std::to_string(begin + count) +
+                           " of " + sd35::to_string(shape));
+  Weight result = *this;
+  const Index offset = shape[0] == 0 ? 0 : begin * (elements() / shape[0]);
+  result.shape[0] = count;
+  visit(*this, [&](const auto* pointer) { result.data = pointer + offset; });
+  return result;
+}
+
+// All elements as T: for the small tensors (biases, norms), which every step reads.
+template <class T>
+[[nodiscard]] std::vector<T> widen(const Weight& weight) {
+  std::vector<T> values(static_cast<std::size_t>(weight.empty() ? 0 : weight.elements()));
+  if (!weight.empty())
+    visit(weight, [&](const auto* pointer) {
+      for (std::size_t i = 0; i < values.size(); ++i) values[i] = linattn::convert<T>(pointer[i]);
+    });
+  return values;
+}
+
+// A vector of the model as an op takes it.
+template <class T>
+[[nodiscard]] TensorView<const T, 1> as_view(const std::vector<T>& values) {
+  return {values.data(), {static_cast<Index>(values.size())}};
+}
+
+// A projection: weight [out, in] in the file's type, bias [out] or empty.
+template <class T>
+struct LinearWeights {
+  Weight weight;
+  std::vector<T> bias;
+
+  [[nodiscard]] Index in() const { return weight.extent(1); }
+  [[nodiscard]] Index out() const { return weight.extent(0); }
+};
+
+}  // namespace sd35
