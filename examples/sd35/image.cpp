@@ -1,0 +1,174 @@
+#include "image.hpp"
+
+#include <png.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <csetjmp>
+#include <cstdio>
+#include <memory>
+#include <stdexcept>
+#include <string_view>
+#include <system_error>
+
+#include <linattn/weights/atomic_file.hpp>
+
+namespace sd35 {
+namespace {
+
+namespace fs = std::filesystem;
+
+[[noreturn]] void fail(const fs::path& path, const std::string& what) {
+  throw std::runtime_error(path.string() + ": " + what);
+}
+
+std::string reason(int error) { return std::system_category().message(error); }
+
+// Where libpng writes to. Exceptions do not cross it: libpng leaves by longjmp.
+struct Sink {
+  std::string bytes;
+  char error[128] = {};
+};
+
+void on_error(png_structp png, png_const_charp what) {
+  std::snprintf(static_cast<Sink*>(png_get_error_ptr(png))->error, sizeof(Sink::error), "%s", what);
+  png_longjmp(png, 1);
+}
+void on_warning(png_structp, png_const_charp) {}
+void on_write(png_structp png, png_bytep data, png_size_t size) {
+  bool failed = false;
+  try {
+    static_cast<Sink*>(png_get_io_ptr(png))->bytes.append(reinterpret_cast<const char*>(data), size);
+  } catch (...) {
+    failed = true;
+  }
+  if (failed) png_error(png, "out of memory");
+}
+
+// No object with a destructor lives in this frame, because an error jumps out of it.
+bool encode(Sink& sink, const Image& image, png_text* text, int texts) {
+  png_structp png = png_create_write_struct(PNG_LIBPNG_VER_STRING, &sink, on_error, on_warning);
+  if (png == nullptr) return false;
+  png_infop info = png_create_info_struct(png);
+  if (info == nullptr || setjmp(png_jmpbuf(png)) != 0) {
+    png_destroy_write_struct(&png, &info);
+    return false;
+  }
+  png_set_write_fn(png, &sink, on_write, nullptr);
+  png_set_IHDR(png, info, static_cast<png_uint_32>(image.width), static_cast<png_uint_32>(image.height), 8,
+               PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
+  png_set_sRGB(png, info, PNG_sRGB_INTENT_PERCEPTUAL);
+  png_set_text(png, info, text, texts);
+  png_write_info(png, info);
+  for (Index row = 0; row < image.height; ++row) png_write_row(png, image.rgb.data() + row * image.width * 3);
+  png_write_end(png, info);
+  png_destroy_write_struct(&png, &info);
+  return true;
+}
+
+bool is_ascii(std::string_view text) {
+  return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 128; });
+}
+
+// A pipe or a device has no name to rename to.
+bool is_special(const fs::path& path) {
+  std::error_code error;
+  const fs::file_status status = fs::status(path, error);
+  return fs::exists(status) && !fs::is_regular_file(status) && !fs::is_directory(status);
+}
+
+void write_directly(const fs::path& path, std::string_view bytes) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "wb"), std::fclose);
+  if (file == nullptr) fail(path, "cannot open: " + reason(errno));
+  if (std::fwrite(bytes.data(), 1, bytes.size(), file.get()) != bytes.size() || std::fflush(file.get()) != 0)
+    fail(path, "cannot write: " + reason(errno));
+}
+
+}  // namespace
+
+template <class T>
+Image to_image(std::span<const T> pixels, Index width, Index height) {
+  Image image{width, height, std::vector<std::uint8_t>(pixels.size())};
+  if (static_cast<Index>(pixels.size()) != width * height * 3)
+    throw std::logic_error("to_image: " + std::to_string(pixels.size()) + " values for " +
+                           std::to_string(width) + " x " + std::to_string(height));
+  for (std::size_t i = 0; i < pixels.size(); ++i) {
+    const T unit = (pixels[i] + 1) / 2;
+    // Written so that NaN takes the first branch.
+    image.rgb[i] = !(unit > 0)   ? std::uint8_t{0}
+                   : !(unit < 1) ? std::uint8_t{255}
+                                 : static_cast<std::uint8_t>(std::lround(unit * 255));
+  }
+  return image;
+}
+template Image to_image<float>(std::span<const float>, Index, Index);
+template Image to_image<double>(std::span<const double>, Index, Index);
+
+Image side_by_side(std::span<const Image> images, Index gap) {
+  Image result;
+  for (const Image& image : images) {
+    if (image.height != images[0].height)
+      throw std::runtime_error("pictures of " + std::to_string(images[0].height) + " and " +
+                               std::to_string(image.height) + " rows do not fit side by side");
+    result.width += image.width + (&image == images.data() ? 0 : gap);
+    result.height = image.height;
+  }
+  result.rgb.assign(static_cast<std::size_t>(result.width * result.height * 3), 255);
+  Index column = 0;
+  for (const Image& image : images) {
+    for (Index row = 0; row < image.height; ++row)
+      std::copy_n(image.rgb.begin() + row * image.width * 3, image.width * 3,
+                  result.rgb.begin() + (row * result.width + column) * 3);
+    column += image.width + gap;
+  }
+  return result;
+}
+
+void write_png(const fs::path& path, const Image& image, const PngText& text) {
+  std::vector<png_text> chunks;
+  for (const auto& [keyword, value] : text) {
+    png_text chunk{};
+    chunk.compression = is_ascii(value) ? PNG_TEXT_COMPRESSION_NONE : PNG_ITXT_COMPRESSION_NONE;
+    // libpng takes pointers to mutable text and does not write through them.
+    chunk.key = const_cast<char*>(keyword.c_str());
+    chunk.text = const_cast<char*>(value.c_str());
+    (chunk.compression == PNG_TEXT_COMPRESSION_NONE ? chunk.text_length : chunk.itxt_length) = value.size();
+    chunks.push_back(chunk);
+  }
+  Sink sink;
+  if (!encode(sink, image, chunks.data(), static_cast<int>(chunks.size())))
+    fail(path, std::string("cannot encode: ") + (sink.error[0] != '\0' ? sink.error : "out of memory"));
+
+  if (is_special(path)) return write_directly(path, sink.bytes);
+  if (const linattn::FileStatus status = linattn::write_file(path, sink.bytes); !status.ok())
+    throw std::runtime_error(message(status));
+}
+
+Image read_png(const fs::path& path) {
+  png_image png{};
+  png.version = PNG_IMAGE_VERSION;
+  const std::unique_ptr<png_image, void (*)(png_image*)> guard(&png, png_image_free);
+  if (png_image_begin_read_from_file(&png, path.c_str()) == 0) fail(path, png.message);
+  png.format = PNG_FORMAT_RGB;
+  Image image{static_cast<Index>(png.width), static_cast<Index>(png.height), {}};
+  image.rgb.resize(PNG_IMAGE_SIZE(png));
+  const png_color black{};
+  if (png_image_finish_read(&png, &black, image.rgb.data(), 0, nullptr) == 0) fail(path, png.message);
+  return image;
+}
+
+void expect_writable(const fs::path& path) {
+  std::error_code error;
+  if (fs::is_directory(path, error)) fail(path, "is a folder, a file name is needed");
+  if (is_special(path)) {
+    if (::access(path.c_str(), W_OK) != 0) fail(path, "cannot write: " + reason(errno));
+    return;
+  }
+  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
+  if (::access(folder.c_str(), W_OK | X_OK) != 0)
+    fail(path, "cannot write into its folder: " + reason(errno));
+}
+
+}  // namespace sd35

@@ -1,0 +1,43 @@
+// Pictures: 8-bit RGB, PNG files.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime.hpp"
+
+namespace sd35 {
+
+struct Image {
+  Index width = 0, height = 0;
+  std::vector<std::uint8_t> rgb;  // rows from the top, 3 bytes a pixel
+
+  [[nodiscard]] bool operator==(const Image&) const = default;
+};
+
+/// Pixels in [-1, 1], (height * width, 3): round(255 clamp((x + 1) / 2)), half away from zero. NaN gives 0.
+template <class T>
+[[nodiscard]] Image to_image(std::span<const T> pixels, Index width, Index height);
+
+/// Left to right with `gap` white columns between them. Throws where the heights differ.
+[[nodiscard]] Image side_by_side(std::span<const Image> images, Index gap = 8);
+
+/// Keyword and text, both UTF-8; keywords are of 1 to 79 ASCII characters.
+using PngText = std::vector<std::pair<std::string, std::string>>;
+
+/// A PNG that appears under its name whole or not at all; a device such as /dev/stdout is written to
+/// directly. Text goes into tEXt chunks, or iTXt where it is not ASCII. Throws std::runtime_error that names
+/// the file and what the system says, a full disk included.
+void write_png(const std::filesystem::path& path, const Image& image, const PngText& text = {});
+
+/// Any PNG as 8-bit RGB, transparency on black. Throws std::runtime_error that names the file.
+[[nodiscard]] Image read_png(const std::filesystem::path& path);
+
+/// Throws where write_png could not work, so that a long computation does not start in vain.
+void expect_writable(const std::filesystem::path& path);
+
+}  // namespace sd35
