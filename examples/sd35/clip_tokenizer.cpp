@@ -99,6 +99,7 @@ struct Vocabulary {
   std::size_t first_merge = 0;  // number of the first merge in that unit
   Ids ids;
   std::vector<std::pair<std::string, std::string>> merges;
+  std::vector<std::string> special;
   std::string unk_name{eos_name};
 
   [[noreturn]] void fail_at(std::size_t rank, const std::string& what) const {
@@ -180,6 +181,8 @@ void read_tokenizer_json(const fs::path& file, Vocabulary& v) {
     if (!token.is_object() || !member(token, "content").is_string())
       fail(file, "an entry of added_tokens has no content");
     const std::string name = token["content"];
+    if (name.empty()) fail(file, "an entry of added_tokens is empty");
+    v.special.push_back(name);
     const std::int32_t id = checked_id(member(token, "id"), name, file);
     if (v.ids.emplace(name, id).first->second != id) fail(file, "gives two ids to " + in_quotes(name));
   }
@@ -196,7 +199,8 @@ void read_tokenizer_json(const fs::path& file, Vocabulary& v) {
       v.fail_at(rank, "is neither \"a b\" nor [\"a\", \"b\"]");
   }
   const json& unk = member(model, "unk_token");
-  if (!unk.is_null() && !unk.is_string()) fail(file, "model.unk_token is not a string");
+  if (!unk.is_null() && (!unk.is_string() || unk == ""))
+    fail(file, "model.unk_token is not the name of a token");
   if (unk.is_string()) v.unk_name = unk;
 }
 
@@ -250,8 +254,8 @@ std::optional<std::string> configured_token(const fs::path& folder, const char* 
     const json config = read_json(file);
     const json& value = member(config, key);
     const json& token = value.is_object() ? member(value, "content") : value;
-    if (token.is_string()) return token.get<std::string>();
-    if (!value.is_null()) fail(file, std::string(key) + " is not a string");
+    if (token.is_string() && token != "") return token.get<std::string>();
+    if (!value.is_null()) fail(file, std::string(key) + " is not the name of a token");
   }
   return std::nullopt;
 }
@@ -380,9 +384,17 @@ ClipTokenizer ClipTokenizer::load(const fs::path& folder_or_file) {
   out.eos_ = required(std::string(eos_name), "last");
   if (folder) {
     if (const auto unk = configured_token(folder_or_file, "unk_token")) v.unk_name = *unk;
-    if (const auto pad = configured_token(folder_or_file, "pad_token")) out.pad_ = required(*pad, "padding");
+    if (const auto pad = configured_token(folder_or_file, "pad_token")) {
+      out.pad_ = required(*pad, "padding");
+      v.special.push_back(*pad);
+    }
   }
   out.unk_ = required(v.unk_name, "unknown");
+  v.special.push_back(v.unk_name);
+  for (const std::string& name : v.special)
+    if (name != bos_name && name != eos_name) out.special_.emplace_back(name, find(name));
+  std::sort(out.special_.begin(), out.special_.end(),
+            [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
   for (std::size_t b = 0; b < 256; ++b) {
     out.inner_[b] = find(bytes.text[b]);
     out.last_[b] = find(bytes.text[b] + std::string(end_of_word));
@@ -456,8 +468,27 @@ std::vector<std::int32_t> ClipTokenizer::encode(std::string_view text) const {
   if (text.size() > max_text_bytes)
     throw std::runtime_error("the prompt has " + std::to_string(text.size()) + " bytes; at most " +
                              std::to_string(max_text_bytes) + " are taken");
-  const std::vector<CodePoint> points = normalize(text);
   std::vector<std::int32_t> ids;
+  std::size_t begin = 0;
+  for (std::size_t at = 0; at < text.size();) {
+    const auto found =
+        std::find_if(special_.begin(), special_.end(),
+                     [rest = text.substr(at)](const auto& token) { return rest.starts_with(token.first); });
+    if (found == special_.end()) {
+      ++at;
+    } else {
+      append_section(text.substr(begin, at - begin), ids);
+      ids.push_back(found->second);
+      begin = at += found->first.size();
+    }
+  }
+  append_section(text.substr(begin), ids);
+  return ids;
+}
+
+// BOS and EOS are looked for in the normalized text, as the fast tokenizer does; the others in the raw text.
+void ClipTokenizer::append_section(std::string_view text, std::vector<std::int32_t>& ids) const {
+  const std::vector<CodePoint> points = normalize(text);
   std::string piece;
   for (std::size_t at = 0; at < points.size();) {
     if (starts_with(points, at, bos_name)) {
@@ -478,7 +509,6 @@ std::vector<std::int32_t> ClipTokenizer::encode(std::string_view text) const {
       append_bpe(piece, ids);
     }
   }
-  return ids;
 }
 
 std::vector<std::int32_t> ClipTokenizer::encode_padded(std::string_view text, int length,

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace sd35 {
@@ -14,8 +16,11 @@ namespace sd35 {
 /// Text to CLIP token ids, equal to transformers' CLIPTokenizerFast: NFC, lower case, split into letter runs,
 /// single digits, English contractions and runs of the rest (Unicode classes by libutf8proc), then byte-level
 /// BPE with `</w>` on the last symbol of a piece. `<|startoftext|>` and `<|endoftext|>` in the text become
-/// their ids. The slow CLIPTokenizer gives the same ids except where it sets CJK characters apart and drops
-/// control and format characters (without ftfy), or repairs the text first (with ftfy).
+/// their ids. So do the other special tokens that the files name, the padding token above all: every `!` of a
+/// prompt is id 0 in the tokenizer_2 of SD3.5, whose padding it is, and 256 or a part of another symbol in
+/// one that pads with EOS. The slow CLIPTokenizer gives the same ids except where it sets CJK characters
+/// apart, drops control and format characters and knows the final sigma (without ftfy), or repairs the text
+/// first (with ftfy).
 class ClipTokenizer {
  public:
   /// Reads a vocabulary from, in this order:
@@ -56,11 +61,13 @@ class ClipTokenizer {
 
   ClipTokenizer() = default;
   const Merge* find_merge(std::int32_t left, std::int32_t right) const;
+  void append_section(std::string_view text, std::vector<std::int32_t>& ids) const;
   void append_bpe(std::string_view piece, std::vector<std::int32_t>& ids) const;
 
   std::array<std::int32_t, 256> inner_{};  // id of a byte inside a piece; no_id where the vocabulary lacks it
   std::array<std::int32_t, 256> last_{};   // id of a piece's last byte, which carries </w>
-  std::unordered_map<std::uint64_t, Merge> merges_;  // by the ids of the pair
+  std::unordered_map<std::uint64_t, Merge> merges_;            // by the ids of the pair
+  std::vector<std::pair<std::string, std::int32_t>> special_;  // besides BOS and EOS, the longest first
   std::int32_t bos_ = 0;
   std::int32_t eos_ = 0;
   std::int32_t unk_ = 0;

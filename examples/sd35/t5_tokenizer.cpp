@@ -37,6 +37,86 @@ std::string read_file(const fs::path& file) {
   return content;
 }
 
+// A reader of protobuf's wire format, as far as SentencePiece models need it: the payloads of the
+// length-delimited fields with one number, or nothing where the message is malformed.
+std::optional<std::vector<std::string_view>> fields(std::string_view message, std::uint64_t number) {
+  const auto varint = [&message](std::uint64_t& value) {
+    value = 0;
+    for (unsigned shift = 0; shift < 64 && !message.empty(); shift += 7) {
+      const auto byte = static_cast<unsigned char>(message.front());
+      message.remove_prefix(1);
+      value |= std::uint64_t{byte & 0x7fu} << shift;
+      if (byte < 0x80) return true;
+    }
+    return false;
+  };
+  std::vector<std::string_view> found;
+  while (!message.empty()) {
+    std::uint64_t tag = 0;
+    std::uint64_t size = 0;
+    if (!varint(tag) || tag > UINT32_MAX) return std::nullopt;
+    switch (tag & 7) {
+      case 0:
+        if (!varint(size)) return std::nullopt;
+        size = 0;
+        break;
+      case 1:
+        size = 8;
+        break;
+      case 2:
+        if (!varint(size)) return std::nullopt;
+        break;
+      case 5:
+        size = 4;
+        break;
+      default:
+        return std::nullopt;
+    }
+    if (size > message.size()) return std::nullopt;
+    if ((tag & 7) == 2 && tag >> 3 == number) found.push_back(message.substr(0, size));
+    message.remove_prefix(size);
+  }
+  return found;
+}
+
+// Whether a normalization table is safe to follow, which SentencePiece takes on trust: u32 byte count of the
+// trie, the trie, then the replacements, each ended by NUL. The trie is a double array of Darts-clone: from
+// unit i a byte b leads to unit i ^ offset(i) ^ b, and a value lies in unit i ^ offset(i); it is the position of
+// a replacement. Bit 31 marks the units of values, bit 8 those that have one.
+bool is_sound_charsmap(std::string_view map) {
+  const auto u32 = [&map](std::size_t at) {
+    std::uint32_t value = 0;
+    for (std::size_t i = 4; i-- > 0;) value = value << 8 | static_cast<unsigned char>(map[at + i]);
+    return value;
+  };
+  if (map.empty()) return true;
+  if (map.size() < 4) return false;
+  const std::size_t trie_bytes = u32(0);
+  if (trie_bytes % 4 != 0 || trie_bytes < 4 || trie_bytes >= map.size() - 4 || map.back() != '\0')
+    return false;
+  const std::size_t units = trie_bytes / 4;
+  const std::size_t replacement_bytes = map.size() - 4 - trie_bytes;
+  for (std::size_t i = 0; i < units; ++i) {
+    const std::uint32_t unit = u32(4 + 4 * i);
+    if (unit >> 31 != 0) continue;
+    const std::size_t offset = std::size_t{unit >> 10} << ((unit & 1u << 9) >> 6);
+    if (((i ^ offset) | 0xff) >= units) return false;
+    if ((unit & 1u << 8) != 0 && (u32(4 + 4 * (i ^ offset)) & 0x7fffffffu) >= replacement_bytes) return false;
+  }
+  return true;
+}
+
+// Field 3 of ModelProto is normalizer_spec, whose field 2 is precompiled_charsmap (sentencepiece_model.proto).
+bool has_sound_charsmap(std::string_view model) {
+  const auto specs = fields(model, 3);
+  if (!specs || specs->empty()) return false;  // every model has one; a truncated file may lack it
+  for (const std::string_view spec : *specs) {
+    const auto maps = fields(spec, 2);
+    if (!maps || !std::all_of(maps->begin(), maps->end(), is_sound_charsmap)) return false;
+  }
+  return true;
+}
+
 struct SpecialToken {
   std::int32_t id;
   std::size_t length;
@@ -72,8 +152,8 @@ T5Tokenizer T5Tokenizer::load(const fs::path& folder_or_file) {
   }
   const std::string content = read_file(file);
   T5Tokenizer out;
-  const auto status = out.model_->LoadFromSerializedProto(content);
-  if (!status.ok()) fail(file, std::string("is not a SentencePiece model: ") + status.message());
+  if (!has_sound_charsmap(content) || !out.model_->LoadFromSerializedProto(content).ok())
+    fail(file, "is not a SentencePiece model, or a damaged one");
   const auto expect = [&](const char* name, int actual, std::int32_t expected) {
     if (actual != expected)
       fail(file, "is not T5's: the id of " + std::string(name) + " is " +
