@@ -85,6 +85,9 @@ class Checkpoint {
     return value.get<V>();
   }
   [[nodiscard]] const linattn::Metadata& metadata() const { return files_->metadata(); }
+  [[nodiscard]] const linattn::Safetensors& files() const { return *files_; }
+  // The name in the file, prefix and all, of a canonical name.
+  [[nodiscard]] std::string full_name(std::string_view tensor) const { return prefix_ + stored_name(tensor); }
   [[nodiscard]] const std::filesystem::path& path() const { return files_->path(); }
 
  private:
