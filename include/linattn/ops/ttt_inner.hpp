@@ -127,13 +127,13 @@ struct SquaredError {
   }
 };
 
-// An inner step says what a weight becomes, given its gradient.
+// An inner step says what a weight becomes. The gradient comes without the factor scale / N, which the rate holds.
 template <class S>
 concept InnerStep = requires(float x) {
   { S::step(x, x, x) } -> std::same_as<float>;
 };
 
-// W' = W - rate * gradient
+// W' = W - rate * gradient, rate = inner_lr * scale / N
 struct Plain {
   template <class V>
   [[nodiscard]] LINATTN_HD static V step(V weight, V rate, V gradient) {
