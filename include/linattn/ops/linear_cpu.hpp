@@ -1,0 +1,234 @@
+// The linear layer on the host.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <type_traits>
+
+#include <linattn/core/context.hpp>
+#include <linattn/detail/gemm.hpp>
+#include <linattn/ops/linear.hpp>
+#include <linattn/version.hpp>
+
+LINATTN_BEGIN
+namespace detail {
+
+// A task computes a block of `rows` x `columns` of the output, `depth` inputs at a time: it copies that part
+// of x (contiguous, widened), then takes the weight panel by panel (transposed, widened; a panel stays in
+// L1), and adds to a tile of sums. Copies and sums together stay within a second-level cache of 1 MB, and
+// each element copied serves enough products to hide its cost. The cut depends on the shapes alone.
+//
+// With few rows the weight would serve too few products to be worth transposing: the reading of the weight
+// is what takes the time, so it is read once, as it lies, and sums run along the inputs.
+struct LinearPlan {
+  static constexpr Index few_rows = 16;
+
+  Index total_rows;
+  Index rows, columns, depth;  // of a block
+  Index row_blocks, column_blocks;
+
+  constexpr LinearPlan(Index all_rows, Index outputs, Index inputs)
+      : total_rows(all_rows),
+        rows(block(all_rows, 256, 8)),
+        columns(block(outputs, 256, 32)),
+        depth(block(inputs, all_rows <= few_rows ? 2048 : 256, 16)),
+        row_blocks((all_rows + rows - 1) / rows),
+        column_blocks((outputs + columns - 1) / columns) {}
+  [[nodiscard]] constexpr bool few() const { return total_rows <= few_rows; }
+  [[nodiscard]] constexpr Index tasks() const { return row_blocks * column_blocks; }
+
+ private:
+  // `extent` in nearly equal blocks of at most `limit`, each a multiple of `step`.
+  static constexpr Index block(Index extent, Index limit, Index step) {
+    const Index blocks = (extent + limit - 1) / limit;
+    return ((extent + blocks - 1) / blocks + step - 1) / step * step;
+  }
+};
+
+template <class T, class W, int R>
+[[nodiscard]] constexpr LinearPlan linear_plan(const TensorView<const T, R>& x,
+                                               const TensorView<W, 2>& weight) {
+  return {R == 3 ? x.extent(0) * x.extent(1) : x.extent(0), weight.extent(0), weight.extent(1)};
+}
+
+// (batch, rows, columns) seen as a list of rows.
+template <class T, int R>
+[[nodiscard]] LINATTN_INLINE T* row_pointer(const TensorView<T, R>& v, Index row) {
+  if constexpr (R == 2) {
+    return v.pointer(row);
+  } else {
+    return v.pointer(row / v.extent(1), row % v.extent(1));
+  }
+}
+
+template <class C, class S>
+LINATTN_INLINE void copy_row(const S* from, Index count, C* to) {
+  Index i = 0;
+  for (; i + Pack<C>::size <= count; i += Pack<C>::size) load<C>(from + i).store(to + i);
+  for (; i < count; ++i) to[i] = convert<C>(from[i]);
+}
+template <class C, class S>
+LINATTN_INLINE void store_row(const C* from, Index count, S* to) {
+  Index i = 0;
+  for (; i + Pack<C>::size <= count; i += Pack<C>::size) store(to + i, Pack<C>::load(from + i));
+  for (; i < count; ++i) to[i] = convert<S>(from[i]);
+}
+
+// sums[r][c] += sum_k x[r][k] weight[c][k], both sides read along k.
+template <int Rows, int Columns, class C, class W>
+LINATTN_INLINE void dot_tile(const C* x, Index x_stride, const W* weight, Index weight_stride, Index depth,
+                             C* sums, Index sums_stride) {
+  using P = Pack<C>;
+  P acc[Rows][Columns];
+  for (int r = 0; r < Rows; ++r)
+    for (int c = 0; c < Columns; ++c) acc[r][c] = P::zero();
+  Index k = 0;
+  for (; k + P::size <= depth; k += P::size) {
+    P w[Columns];
+    for (int c = 0; c < Columns; ++c) w[c] = load<C>(weight + c * weight_stride + k);
+    for (int r = 0; r < Rows; ++r) {
+      const P a = P::load(x + r * x_stride + k);
+      for (int c = 0; c < Columns; ++c) acc[r][c] = fma(a, w[c], acc[r][c]);
+    }
+  }
+  if (k < depth) {
+    const int count = static_cast<int>(depth - k);
+    for (int c = 0; c < Columns; ++c) {
+      const P w = load_partial<C>(weight + c * weight_stride + k, count);
+      for (int r = 0; r < Rows; ++r)
+        acc[r][c] = fma(load_partial<C>(x + r * x_stride + k, count), w, acc[r][c]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int c = 0; c < Columns; ++c) sums[r * sums_stride + c] += reduce_add(acc[r][c]);
+}
+
+// The scratch memory of all workers.
+template <class C>
+struct LinearWork {
+  Index x_stride, sums_stride;
+  Index x_size, panel_size, sums_size;
+  C *x, *panel, *sums;
+
+  LinearWork(Carver& carver, Index workers, const LinearPlan& plan)
+      : x_stride(plan.depth + Pack<C>::size),  // rows of a power of two would share their cache sets
+        sums_stride(padded_columns<C>(plan.columns)),
+        x_size(plan.rows * x_stride),
+        panel_size(plan.depth * Tile<C>::columns),
+        sums_size(plan.rows * sums_stride),
+        x(carver.take<C>(workers * x_size)),
+        panel(carver.take<C>(workers * panel_size)),
+        sums(carver.take<C>(workers * sums_size)) {}
+
+  [[nodiscard]] LinearWork scratch(Index worker) const {
+    LinearWork own = *this;
+    own.x += worker * x_size;
+    own.panel += worker * panel_size;
+    own.sums += worker * sums_size;
+    return own;
+  }
+};
+
+template <class C, class W>
+LINATTN_NOINLINE void multiply_few_rows(const C* x, Index x_stride, Index rows, const W* weight,
+                                        Index weight_stride, Index columns, Index depth, C* sums,
+                                        Index sums_stride) {
+  constexpr int R = 4, N = 4;
+  const auto rows_of = [&]<int Columns>(Index c) {
+    Index r = 0;
+    for (; r + R <= rows; r += R)
+      dot_tile<R, Columns>(x + r * x_stride, x_stride, weight + c * weight_stride, weight_stride, depth,
+                           sums + r * sums_stride + c, sums_stride);
+    for (; r < rows; ++r)
+      dot_tile<1, Columns>(x + r * x_stride, x_stride, weight + c * weight_stride, weight_stride, depth,
+                           sums + r * sums_stride + c, sums_stride);
+  };
+  Index c = 0;
+  for (; c + N <= columns; c += N) rows_of.template operator()<N>(c);
+  for (; c < columns; ++c) rows_of.template operator()<1>(c);
+}
+
+template <class C, class W>
+LINATTN_NOINLINE void pack_weight(const W* weight, Index weight_stride, Index depth, Index columns,
+                                  C* panel) {
+  pack_transposed(weight, weight_stride, depth, columns, panel);
+  pack_transposed(weight + Pack<C>::size * weight_stride, weight_stride, depth, columns - Pack<C>::size,
+                  panel + Pack<C>::size);
+}
+
+template <class C>
+LINATTN_NOINLINE void add_product(const C* x, Index x_stride, Index rows, const C* panel, Index depth,
+                                  C* sums, Index sums_stride) {
+  multiply_panel(x, x_stride, 1, rows, panel, depth, AddTile<C>{sums, sums_stride});
+}
+
+template <class T, class W, class B, int R>
+void linear_task(const TensorView<const T, R>& x, const TensorView<W, 2>& weight,
+                 const TensorView<B, 1>& bias, const TensorView<T, R>& out, const LinearPlan& plan,
+                 Index task, const LinearWork<Compute<T>>& scratch) {
+  using C = Compute<T>;
+  const Index outputs = weight.extent(0), inputs = weight.extent(1);
+  const Index first_row = task % plan.row_blocks * plan.rows;
+  const Index first_column = task / plan.row_blocks * plan.columns;
+  const Index rows = std::min(plan.rows, plan.total_rows - first_row);
+  const Index columns = std::min(plan.columns, outputs - first_column);
+
+  for (Index r = 0; r < rows; ++r) {
+    C* const sums = scratch.sums + r * scratch.sums_stride;
+    if (bias.extent(0) != 0) {
+      copy_row(bias.data + first_column, columns, sums);
+      std::fill(sums + columns, sums + scratch.sums_stride, C(0));
+    } else {
+      std::fill(sums, sums + scratch.sums_stride, C(0));
+    }
+  }
+  for (Index first = 0; first < inputs; first += plan.depth) {
+    const Index depth = std::min(plan.depth, inputs - first);
+    for (Index r = 0; r < rows; ++r)
+      copy_row(row_pointer(x, first_row + r) + first, depth, scratch.x + r * scratch.x_stride);
+    if (plan.few()) {
+      multiply_few_rows(scratch.x, scratch.x_stride, rows, weight.pointer(first_column, first),
+                        weight.stride(0), columns, depth, scratch.sums, scratch.sums_stride);
+    } else {
+      for (Index c = 0; c < columns; c += Tile<C>::columns) {
+        pack_weight(weight.pointer(first_column + c, first), weight.stride(0), depth, columns - c,
+                    scratch.panel);
+        add_product(scratch.x, scratch.x_stride, rows, scratch.panel, depth, scratch.sums + c,
+                    scratch.sums_stride);
+      }
+    }
+  }
+  for (Index r = 0; r < rows; ++r)
+    store_row(scratch.sums + r * scratch.sums_stride, columns,
+              row_pointer(out, first_row + r) + first_column);
+}
+
+}  // namespace detail
+
+// Bytes of workspace that the same call of `linear` needs; grows with the workers, not with the rows.
+template <ParallelPolicy P, Storage T, int R, class W, class B>
+[[nodiscard]] std::size_t linear_workspace(const Cpu<P>& ctx, const In<T, R>& x,
+                                           const TensorView<W, 2>& weight, const TensorView<B, 1>&,
+                                           const TensorView<T, R>&) {
+  Carver carver({});
+  detail::LinearWork<Compute<T>>(carver, ctx.parallel.workers(), detail::linear_plan(x, weight));
+  return carver.used();
+}
+
+template <ParallelPolicy P, Storage T, int R, class W, class B>
+Status linear(const Cpu<P>& ctx, const In<T, R>& x, const TensorView<W, 2>& weight,
+              const TensorView<B, 1>& bias, const TensorView<T, R>& out) {
+  static_assert(Storage<std::remove_const_t<W>> && Storage<std::remove_const_t<B>>,
+                "weight and bias are float, double, half or bfloat16");
+  if (const Status status = detail::check_linear(x, weight, bias, out); !status.ok()) return status;
+  const detail::LinearPlan plan = detail::linear_plan(x, weight);
+  Carver carver(ctx.workspace);
+  const detail::LinearWork<Compute<T>> work(carver, ctx.parallel.workers(), plan);
+  if (const Status status = carver.check("linear, workspace"); !status.ok()) return status;
+  ctx.parallel.run(plan.tasks(), [&](Index task, Index worker) {
+    detail::linear_task(x, weight, bias, out, plan, task, work.scratch(worker));
+  });
+  return {};
+}
+
+LINATTN_END
