@@ -1,38 +1,20 @@
 #include "nn.hpp"
 
 #include <cmath>
+#include <numbers>
 #include <stdexcept>
 #include <type_traits>
 
-#include <linattn/detail/simd.hpp>
 #include <linattn/ops/linear_cpu.hpp>
 #include <linattn/ops/rms_norm_cpu.hpp>
 #include <linattn/ops/softmax_attention_cpu.hpp>
+
+#include "rows.hpp"
 
 namespace sd35 {
 namespace {
 
 using linattn::detail::fma;
-using linattn::detail::Pack;
-
-// out[i] = f(in[i]...): f takes packs, and scalars for what is left of the row.
-template <class T, class F, class... Inputs>
-void map(T* out, Index n, const F& f, const Inputs*... in) {
-  Index i = 0;
-  for (; i + Pack<T>::size <= n; i += Pack<T>::size) Pack<T>(f(Pack<T>::load(in + i)...)).store(out + i);
-  for (; i < n; ++i) out[i] = f(in[i]...);
-}
-
-// sum of f(in[i])
-template <class T, class F>
-T sum(const T* in, Index n, const F& f) {
-  Pack<T> total = Pack<T>::zero();
-  Index i = 0;
-  for (; i + Pack<T>::size <= n; i += Pack<T>::size) total += f(Pack<T>::load(in + i));
-  T result = reduce_add(total);
-  for (; i < n; ++i) result += f(in[i]);
-  return result;
-}
 
 // f(batch, row) for every row of (batch, rows, channels).
 template <class T, class F>
@@ -57,13 +39,13 @@ void activate_row(Activation activation, const T* x, T* out, Index n) {
   using linattn::detail::sigmoid;
   switch (activation) {
     case Activation::silu:
-      return map(
+      return map_row(
           out, n, [](auto u) { return u * sigmoid(u); }, x);
     case Activation::quick_gelu:
-      return map(
+      return map_row(
           out, n, [](auto u) { return u * sigmoid(u * decltype(u)(T(1.702))); }, x);
     case Activation::gelu_tanh:
-      return map(
+      return map_row(
           out, n,
           [](auto u) {
             using V = decltype(u);
@@ -73,7 +55,8 @@ void activate_row(Activation activation, const T* x, T* out, Index n) {
           },
           x);
     case Activation::gelu_erf:
-      for (Index i = 0; i < n; ++i) out[i] = T(0.5) * x[i] * (T(1) + std::erf(x[i] * T(M_SQRT1_2)));
+      for (Index i = 0; i < n; ++i)
+        out[i] = T(0.5) * x[i] * (T(1) + std::erf(x[i] * T(std::numbers::sqrt2 / 2)));
       return;
   }
 }
@@ -133,23 +116,23 @@ void layer_norm(Runtime& rt, In<T, 3> x, const LayerNormOptions<T>& options, Ten
     const T* const in = x.pointer(b, r);
     T* const result = out.pointer(b, r);
     const T n = static_cast<T>(channels);
-    const T mean = sum(in, channels, [](auto u) { return u; }) / n;
+    const T mean = sum_row(in, channels, [](auto u) { return u; }) / n;
     const T variance =
-        sum(in, channels, [&](auto u) { return (u - decltype(u)(mean)) * (u - decltype(u)(mean)); }) / n;
+        sum_row(in, channels, [&](auto u) { return (u - decltype(u)(mean)) * (u - decltype(u)(mean)); }) / n;
     const T factor = T(1) / std::sqrt(variance + static_cast<T>(options.eps));
-    map(
+    map_row(
         result, channels, [&](auto u) { return (u - decltype(u)(mean)) * decltype(u)(factor); }, in);
     if (!options.weight.empty())
-      map(
+      map_row(
           result, channels, [](auto u, auto w) { return u * w; }, result, options.weight.data);
     if (!options.bias.empty())
-      map(
+      map_row(
           result, channels, [](auto u, auto w) { return u + w; }, result, options.bias.data);
     if (!options.scale.empty())
-      map(
+      map_row(
           result, channels, [](auto u, auto w) { return fma(u, w, u); }, result, options.scale.pointer(b));
     if (!options.shift.empty())
-      map(
+      map_row(
           result, channels, [](auto u, auto w) { return u + w; }, result, options.shift.pointer(b));
   });
 }
@@ -188,10 +171,7 @@ void rms_norm(Runtime& rt, std::string_view what, In<T, 3> x, const std::vector<
   const TensorView<T, 4> result = linattn::split_heads(out, 1);
   const linattn::RmsNormOptions options{.eps = eps};
   rt.run(
-      what,
-      [&](const auto& context) {
-        return linattn::rms_norm_workspace(context, in, as_view(weight), result, options);
-      },
+      what, [](const auto&) { return std::size_t{0}; },
       [&](const auto& context) { return linattn::rms_norm(context, in, as_view(weight), result, options); });
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -15,6 +16,10 @@
 #include "weight.hpp"
 
 namespace sd35 {
+
+// Sees an intermediate (batch, rows, channels) as it is computed: for tests.
+template <class T>
+using Observer = std::function<void(const std::string& name, const TensorView<const T, 3>& values)>;
 
 // out = x weight^T + bias, (batch, rows, in) -> (batch, rows, out).
 template <class T>

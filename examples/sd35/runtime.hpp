@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -9,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <linattn/core/context.hpp>
@@ -86,6 +88,14 @@ class Tensor {
     return {data(), extents<Rank>()};
   }
 
+  // The same memory under another shape of as many elements.
+  [[nodiscard]] Tensor reshaped(std::vector<Index> shape) && {
+    Tensor result;
+    result.shape_ = std::move(shape);
+    if (result.elements() != elements()) throw std::logic_error("reshaped to another number of elements");
+    result.buffer_ = std::move(buffer_);
+    return result;
+  }
   [[nodiscard]] Tensor clone() const {
     Tensor copy(shape_);
     std::copy_n(data(), elements(), copy.data());
