@@ -1,0 +1,164 @@
+// linattn-inherit: turns a softmax checkpoint of Stable Diffusion 3.5 into one with Test-Time-Training
+// attentions that inherit its weights.
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <iostream>
+#include <optional>
+#include <string>
+
+#include <CLI/CLI.hpp>
+#include <linattn/weights/inherit.hpp>
+
+namespace {
+
+volatile std::sig_atomic_t interrupted = 0;
+
+// A bar on a terminal, a line every few seconds elsewhere; says no more once the user has interrupted.
+class ProgressBar {
+ public:
+  bool operator()(std::uint64_t done, std::uint64_t total) {
+    const auto now = std::chrono::steady_clock::now();
+    const bool terminal = isatty(STDERR_FILENO) != 0;
+    const std::chrono::milliseconds interval(terminal ? 100 : 5000);
+    if (now - shown_ >= interval || (terminal && done == total)) {
+      shown_ = now;
+      const double part = total > 0 ? static_cast<double>(done) / static_cast<double>(total) : 1.0;
+      const double seconds = std::chrono::duration<double>(now - start_).count();
+      const double left = part > 0 ? seconds / part - seconds : 0;
+      if (terminal) {
+        constexpr std::size_t width = 40;
+        const auto filled = static_cast<std::size_t>(part * static_cast<double>(width));
+        const std::string bar = std::string(filled, '#') + std::string(width - filled, '.');
+        std::fprintf(stderr, "\r[%s] %3.0f %%  %.2f of %.2f GB  %.0f s left ", bar.c_str(), 100 * part,
+                     gigabytes(done), gigabytes(total), left);
+        drawn_ = true;
+      } else {
+        std::fprintf(stderr, "%.2f of %.2f GB, %.0f s left\n", gigabytes(done), gigabytes(total), left);
+      }
+    }
+    return interrupted == 0;
+  }
+  void finish() const {
+    if (drawn_) std::fputc('\n', stderr);
+  }
+  static double gigabytes(std::uint64_t bytes) { return static_cast<double>(bytes) * 1e-9; }
+  [[nodiscard]] double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now(), shown_ = start_;
+  bool drawn_ = false;
+};
+
+struct Arguments {
+  std::filesystem::path input, output, report;
+  std::string replace = "paper", init = "zero-conv";
+  std::optional<std::string> inner_model;
+  std::uint64_t seed = 0;
+  bool dry_run = false, json = false, force = false;
+};
+
+int fail(const std::string& sentence) {
+  std::cerr << "linattn-inherit: " << sentence << "\n";
+  return 2;
+}
+
+int run(const Arguments& arguments) {
+  linattn::Checkpoint checkpoint;
+  if (const auto status = linattn::open_checkpoint(arguments.input, checkpoint); !status.ok())
+    return fail(message(status));
+
+  linattn::InheritOptions options{.replace = arguments.replace, .inner_model = {}, .seed = arguments.seed};
+  linattn::Safetensors init_file;
+  if (arguments.init == "official") {
+    options.init = linattn::Initialisation::official;
+  } else if (arguments.init != "zero-conv") {
+    if (const auto status = linattn::Safetensors::open(arguments.init, init_file); !status.ok())
+      return fail(message(status));
+    options.init = linattn::Initialisation::file;
+    options.init_file = &init_file;
+  }
+  if (arguments.inner_model)
+    options.inner_model =
+        *arguments.inner_model == "mlp" ? linattn::InnerModelKind::mlp : linattn::InnerModelKind::swiglu;
+
+  linattn::Plan plan;
+  const auto planned = make_plan(checkpoint, options, plan);
+  if (!planned.ok() && plan.mismatches.empty()) return fail(message(planned));
+  const std::string report = linattn::report_json(plan).dump(2) + "\n";
+  std::cout << (arguments.json ? report : linattn::report_table(plan)) << std::flush;
+  if (!arguments.report.empty())
+    if (const auto status = linattn::write_file(arguments.report, report); !status.ok())
+      return fail(message(status));
+  if (!planned.ok()) return fail(message(planned));
+  if (arguments.dry_run) return 0;
+
+  ProgressBar progress;
+  const auto status = apply(checkpoint, plan, options, arguments.output, arguments.force, std::ref(progress));
+  progress.finish();
+  if (!status.ok()) {
+    const bool exists = status.detail == "exists already";
+    return fail(message(status) + (exists ? " (--force replaces it)" : ""));
+  }
+  std::fprintf(stderr, "wrote %s in %.1f s\n", arguments.output.c_str(), progress.seconds());
+  if (options.init != linattn::Initialisation::file)
+    std::cerr << "its new weights are untrained: until it is fine-tuned, its pictures are broken\n";
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Arguments arguments;
+  CLI::App app(
+      "Replaces softmax attentions of a Stable Diffusion 3.5 checkpoint by Test-Time-Training modules\n"
+      "that inherit its projections. Every tensor of both models is accounted for; the report goes to\n"
+      "standard output. Exit code 0: done, 2: bad input or a failed write, and nothing is written.",
+      "linattn-inherit");
+  app.add_option("input", arguments.input, "a single .safetensors file, or a model folder of diffusers")
+      ->required();
+  app.add_option("output", arguments.output, "the file or folder to write; must not exist");
+  app.add_option("--replace", arguments.replace,
+                 "what to replace: paper (every attn2, and the joint attention of the last 5/24 of the "
+                 "blocks), all,\n"
+                 "attn2, joint, or blocks as attn2:0-12,joint:19-23")
+      ->capture_default_str();
+  app.add_option(
+         "--init", arguments.init,
+         "new weights: zero-conv (w ~ N(0, 0.02^2), no conv at first), official (conv ~ U(-1/3, 1/3)), or\n"
+         "a .safetensors file that gives them by name")
+      ->capture_default_str();
+  app.add_option("--inner-model", arguments.inner_model, "swiglu (default) or mlp")
+      ->check(CLI::IsMember({"swiglu", "mlp"}));
+  app.add_option("--seed", arguments.seed, "seed of the new weights")->capture_default_str();
+  app.add_flag("--dry-run", arguments.dry_run, "report only, write no model");
+  app.add_option("--report", arguments.report, "write the report, tensor by tensor, to this JSON file");
+  app.add_flag("--json", arguments.json, "the report on standard output as JSON");
+  app.add_flag("--force", arguments.force, "replace an output that exists");
+  app.footer(
+      "Examples:\n"
+      "  linattn-inherit sd3.5_medium.safetensors sd3.5_medium_t5.safetensors\n"
+      "  linattn-inherit --dry-run --report plan.json stable-diffusion-3.5-large/\n"
+      "  linattn-inherit --replace attn2:0-12,joint:19-23 --init tuned.safetensors medium/ medium-t5/");
+  try {
+    app.parse(argc, argv);
+    if (arguments.output.empty() && !arguments.dry_run)
+      throw CLI::ValidationError("output", "is required, unless --dry-run is given");
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  std::signal(SIGINT, [](int) { interrupted = 1; });
+  std::signal(SIGTERM, [](int) { interrupted = 1; });
+  try {
+    return run(arguments);
+  } catch (const std::exception& error) {
+    return fail(error.what());
+  }
+}

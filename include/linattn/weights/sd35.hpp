@@ -1,0 +1,231 @@
+// The Stable Diffusion 3.5 family (MMDiT-X): recognised by its tensors, at any size, in two layouts.
+#pragma once
+
+#include <algorithm>
+#include <charconv>
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <linattn/version.hpp>
+#include <linattn/weights/file_status.hpp>
+#include <linattn/weights/safetensors.hpp>
+
+LINATTN_BEGIN
+
+// Names as Stability AI's files have them (with or without "model.diffusion_model."), or as diffusers does.
+enum class Sd35Layout : std::uint8_t { official, diffusers };
+
+// One attention of a block: the image-only one (attn2), or the joint one of text and image (attn).
+struct Sd35Module {
+  bool dual = false;
+  Index block = 0;
+
+  auto operator<=>(const Sd35Module&) const = default;
+};
+
+// What the shapes of a checkpoint say.
+struct Sd35Model {
+  Sd35Layout layout = Sd35Layout::official;
+  std::string prefix;  // before every name of the transformer
+  Index depth = 0, width = 0, heads = 0, head_dim = 0;
+  Index channels = 0, patch = 0, positions = 0, frequencies = 0, pooled = 0, context = 0, hidden = 0,
+        outputs = 0;
+  bool qk_norm = false;
+  std::set<Index> dual_blocks;
+
+  [[nodiscard]] std::vector<Sd35Module> modules() const {
+    std::vector<Sd35Module> all;
+    for (Index block = 0; block < depth; ++block) all.push_back({false, block});
+    for (const Index block : dual_blocks) all.push_back({true, block});
+    return all;
+  }
+};
+
+// The stem of a module's tensors, without prefix.
+[[nodiscard]] inline std::string sd35_stem(Sd35Layout layout, Sd35Module module) {
+  const std::string block = std::to_string(module.block), attention = module.dual ? "attn2" : "attn";
+  return layout == Sd35Layout::official ? "joint_blocks." + block + ".x_block." + attention
+                                        : "transformer_blocks." + block + "." + attention;
+}
+[[nodiscard]] inline std::string sd35_stem(const Sd35Model& model, Sd35Module module) {
+  return model.prefix + sd35_stem(model.layout, module);
+}
+
+// The module of a stem in either layout, with or without prefix.
+[[nodiscard]] inline std::optional<Sd35Module> sd35_module(std::string_view stem) {
+  for (const std::string_view prefix : {"model.diffusion_model.", "transformer."})
+    if (stem.starts_with(prefix)) stem.remove_prefix(prefix.size());
+  for (const std::string_view blocks : {"joint_blocks.", "transformer_blocks."}) {
+    if (!stem.starts_with(blocks)) continue;
+    Sd35Module module;
+    const std::string_view rest = stem.substr(blocks.size());
+    const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), module.block);
+    if (error != std::errc() || module.block < 0) return std::nullopt;
+    module.dual = stem.ends_with("2");
+    for (const Sd35Layout layout : {Sd35Layout::official, Sd35Layout::diffusers})
+      if (sd35_stem(layout, module) == stem) return module;
+  }
+  return std::nullopt;
+}
+
+// "SD3.5 Medium" for the sizes that have a name. Large and Large Turbo have the same shapes.
+[[nodiscard]] inline std::string sd35_label(const Sd35Model& model) {
+  const bool named = model.head_dim == 64 && model.depth == model.heads && model.context == 4096;
+  if (named && model.depth == 24 && model.dual_blocks.size() == 13) return "SD3.5 Medium";
+  if (named && model.depth == 38 && model.dual_blocks.empty()) return "SD3.5 Large";
+  return "SD3.5 of " + std::to_string(model.depth) + " blocks, width " + std::to_string(model.width);
+}
+
+// Every tensor that the transformer must have, with its shape; the dtypes are the file's own business.
+[[nodiscard]] inline std::vector<TensorSpec> sd35_tensors(const Sd35Model& model) {
+  std::vector<TensorSpec> specs;
+  const bool official = model.layout == Sd35Layout::official;
+  const Index width = model.width;
+  const auto add = [&](const std::string& tensor, std::vector<Index> shape) {
+    specs.push_back({model.prefix + tensor, Dtype::f32, std::move(shape)});
+  };
+  const auto linear = [&](const std::string& stem, Index out, Index in) {
+    add(stem + ".weight", {out, in});
+    add(stem + ".bias", {out});
+  };
+  const auto choose = [&](const char* a, const char* b) { return std::string(official ? a : b); };
+
+  add(choose("pos_embed", "pos_embed.pos_embed"), {1, model.positions, width});
+  const std::string patches = choose("x_embedder.proj", "pos_embed.proj");
+  add(patches + ".weight", {width, model.channels, model.patch, model.patch});
+  add(patches + ".bias", {width});
+  linear(choose("t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_1"), width, model.frequencies);
+  linear(choose("t_embedder.mlp.2", "time_text_embed.timestep_embedder.linear_2"), width, width);
+  linear(choose("y_embedder.mlp.0", "time_text_embed.text_embedder.linear_1"), width, model.pooled);
+  linear(choose("y_embedder.mlp.2", "time_text_embed.text_embedder.linear_2"), width, width);
+  linear("context_embedder", width, model.context);
+  linear(choose("final_layer.adaLN_modulation.1", "norm_out.linear"), 2 * width, width);
+  linear(choose("final_layer.linear", "proj_out"), model.outputs, width);
+
+  // Queries, keys and values: one matrix in the official layout, three in diffusers'.
+  const auto projections = [&](const std::string& stem, const std::string& packed, const char* q,
+                               const char* k, const char* v) {
+    if (official) return linear(stem + packed, 3 * width, width);
+    for (const char* part : {q, k, v}) linear(stem + part, width, width);
+  };
+  const auto norms = [&](const std::string& q, const std::string& k) {
+    if (!model.qk_norm) return;
+    add(q + ".weight", {model.head_dim});
+    add(k + ".weight", {model.head_dim});
+  };
+  for (Index i = 0; i < model.depth; ++i) {
+    const bool last = i + 1 == model.depth, dual = model.dual_blocks.contains(i);
+    const std::string block = choose("joint_blocks.", "transformer_blocks.") + std::to_string(i);
+    const std::string image = block + choose(".x_block.", "."), text = block + choose(".context_block.", ".");
+
+    linear(image + choose("adaLN_modulation.1", "norm1.linear"), (dual ? 9 : 6) * width, width);
+    projections(image, "attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v");
+    norms(image + choose("attn.ln_q", "attn.norm_q"), image + choose("attn.ln_k", "attn.norm_k"));
+    linear(image + choose("attn.proj", "attn.to_out.0"), width, width);
+    if (dual) {
+      projections(image, "attn2.qkv", "attn2.to_q", "attn2.to_k", "attn2.to_v");
+      norms(image + choose("attn2.ln_q", "attn2.norm_q"), image + choose("attn2.ln_k", "attn2.norm_k"));
+      linear(image + choose("attn2.proj", "attn2.to_out.0"), width, width);
+    }
+    linear(image + choose("mlp.fc1", "ff.net.0.proj"), model.hidden, width);
+    linear(image + choose("mlp.fc2", "ff.net.2"), width, model.hidden);
+
+    // The last block gives no text: it only reads it.
+    linear(text + choose("adaLN_modulation.1", "norm1_context.linear"), (last ? 2 : 6) * width, width);
+    projections(text, "attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj");
+    norms(text + choose("attn.ln_q", "attn.norm_added_q"), text + choose("attn.ln_k", "attn.norm_added_k"));
+    if (last) continue;
+    linear(text + choose("attn.proj", "attn.to_add_out"), width, width);
+    linear(text + choose("mlp.fc1", "ff_context.net.0.proj"), model.hidden, width);
+    linear(text + choose("mlp.fc2", "ff_context.net.2"), width, model.hidden);
+  }
+  return specs;
+}
+
+// Recognises the family by the tensors that span it, and takes its sizes from their shapes. Whether every
+// other tensor fits is for the caller to compare with sd35_tensors().
+[[nodiscard]] inline FileStatus recognise_sd35(const Safetensors& file, Sd35Model& out) {
+  Sd35Model model;
+  bool known = false;
+  for (const char* prefix : {"model.diffusion_model.", ""})
+    if (!known && file.find(std::string(prefix) + "joint_blocks.0.x_block.attn.qkv.weight") != nullptr) {
+      model.prefix = prefix;
+      known = true;
+    }
+  if (!known && file.find("transformer_blocks.0.attn.add_q_proj.weight") != nullptr &&
+      file.find("pos_embed.pos_embed") != nullptr) {
+    model.layout = Sd35Layout::diffusers;
+    known = true;
+  }
+  if (!known)
+    return detail::file_error(file.path(),
+                              "is no checkpoint of the Stable Diffusion 3.5 family: it has neither "
+                              "joint_blocks nor the transformer_blocks and pos_embed of diffusers");
+  const bool official = model.layout == Sd35Layout::official;
+
+  // Block numbers come from the file: only as many as there are tensors can be true.
+  const std::string blocks = model.prefix + (official ? "joint_blocks." : "transformer_blocks.");
+  for (const TensorInfo& info : file.tensors()) {
+    if (!info.name.starts_with(blocks)) continue;
+    const char *begin = info.name.data() + blocks.size(), *end = info.name.data() + info.name.size();
+    Index block = 0;
+    if (std::from_chars(begin, end, block).ec != std::errc() || block < 0 ||
+        block >= static_cast<Index>(file.tensors().size()))
+      return detail::file_error(file.path(), "has no block number", info.name);
+    model.depth = std::max(model.depth, block + 1);
+    const std::string dual = sd35_stem(model, {true, block}) + (official ? ".qkv.weight" : ".to_q.weight");
+    if (info.name == dual) model.dual_blocks.insert(block);
+  }
+
+  FileStatus status;
+  const auto extent = [&](const std::string& tensor, std::size_t rank, std::size_t axis) -> Index {
+    const TensorInfo* info = file.find(model.prefix + tensor);
+    if (!status.ok()) return 1;
+    if (info == nullptr)
+      status = detail::file_error(file.path(), "is missing", model.prefix + tensor);
+    else if (info->shape.size() != rank)
+      status = detail::file_error(
+          file.path(), "is " + describe(*info) + ", but " + std::to_string(rank) + " axes are needed",
+          info->name, Code::shape);
+    else if (info->shape[axis] < 1 || info->shape[axis] > 1 << 28)
+      status = detail::file_error(file.path(), "is " + describe(*info) + ", which is no size of this family",
+                                  info->name, Code::shape);
+    else
+      return info->shape[axis];
+    return 1;
+  };
+  const auto choose = [&](const char* a, const char* b) { return std::string(official ? a : b); };
+  const std::string patches = choose("x_embedder.proj.weight", "pos_embed.proj.weight");
+  model.width = extent(patches, 4, 0);
+  model.channels = extent(patches, 4, 1);
+  model.patch = extent(patches, 4, 2);
+  model.positions = extent(choose("pos_embed", "pos_embed.pos_embed"), 3, 1);
+  model.frequencies =
+      extent(choose("t_embedder.mlp.0.weight", "time_text_embed.timestep_embedder.linear_1.weight"), 2, 1);
+  model.pooled =
+      extent(choose("y_embedder.mlp.0.weight", "time_text_embed.text_embedder.linear_1.weight"), 2, 1);
+  model.context = extent("context_embedder.weight", 2, 1);
+  model.outputs = extent(choose("final_layer.linear.weight", "proj_out.weight"), 2, 0);
+  model.hidden = extent(
+      choose("joint_blocks.0.x_block.mlp.fc1.weight", "transformer_blocks.0.ff.net.0.proj.weight"), 2, 0);
+  const std::string norm = sd35_stem(model.layout, {false, 0}) + choose(".ln_q.weight", ".norm_q.weight");
+  model.qk_norm = file.find(model.prefix + norm) != nullptr;
+  model.head_dim = model.qk_norm ? extent(norm, 1, 0) : 64;
+  if (!status.ok()) return status;
+  if (model.width % model.head_dim != 0)
+    return detail::file_error(file.path(),
+                              "a width of " + std::to_string(model.width) + " is no multiple of the " +
+                                  std::to_string(model.head_dim) + " channels of a head",
+                              model.prefix + patches, Code::shape);
+  model.heads = model.width / model.head_dim;
+  out = std::move(model);
+  return {};
+}
+
+LINATTN_END
