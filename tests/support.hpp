@@ -109,7 +109,7 @@ enum class Layout {
   sliced,    // the image tokens of a longer text + image sequence, heads with a gap behind each
 };
 inline constexpr std::array all_layouts = {Layout::dense, Layout::permuted, Layout::packed, Layout::sliced};
-[[nodiscard]] inline const char* name(Layout layout) {
+[[nodiscard]] inline std::string name(Layout layout) {
   constexpr std::array names = {"dense", "permuted", "packed", "sliced"};
   return names[static_cast<std::size_t>(layout)];
 }
@@ -291,7 +291,8 @@ template <class T, class A, class E>
 void check_rounding(const A& actual, const E& expected, double c, double norm = -1.0) {
   const Difference d = difference(actual, expected);
   const double bound = c * unit_roundoff<T> * (norm < 0.0 ? d.norm : norm);
-  CHECK_MESSAGE(d.error <= bound, type_name<T>, ": error ", d.error, " over ", bound, ", worst at ", d.worst);
+  CHECK_MESSAGE(d.error <= bound, std::string(type_name<T>), ": error ", d.error, " over ", bound,
+                ", worst at ", d.worst);
 }
 
 // Bit for bit: NaNs and signed zeros count.
@@ -310,7 +311,9 @@ template <class T, int R>
   return same_bits(a.view(), b.view());
 }
 
-inline void check_ok(const Status& status) { CHECK_MESSAGE(status.ok(), linattn::message(status).c_str()); }
+inline void check_ok(const Status& status) {
+  CHECK_MESSAGE(status.ok(), std::string(linattn::message(status).c_str()));
+}
 
 // ---- allocations ----
 

@@ -35,51 +35,51 @@ template <class C, class W, class B>
   return taps;
 }
 
-// The three neighbours of one column, from the row above to the row below.
-template <class C>
-struct ConvColumn {
-  Pack<C> row[3];
-};
-
-// One output: bias, then the taps row by row, then the residual, each step rounded once.
-template <class C>
-[[nodiscard]] LINATTN_INLINE Pack<C> apply_conv_taps(const ConvTaps<C>& taps, const ConvColumn<C>& left,
-                                                     const ConvColumn<C>& middle, const ConvColumn<C>& right,
-                                                     bool residual) {
-  Pack<C> sum = taps.bias;
-  for (int i = 0; i < 3; ++i) {
-    sum = fma(taps.weight[3 * i], left.row[i], sum);
-    sum = fma(taps.weight[3 * i + 1], middle.row[i], sum);
-    sum = fma(taps.weight[3 * i + 2], right.row[i], sum);
-  }
-  return residual ? middle.row[1] + sum : sum;
+// One output: the bias, then the taps row by row, then the residual, each step rounded once. weight(tap) and
+// x(row, column) give packs; the middle is x(1, 1).
+template <class C, class Weight, class Input>
+[[nodiscard]] LINATTN_INLINE Pack<C> conv_output(Pack<C> bias, const Weight& weight, const Input& x,
+                                                 bool residual) {
+  Pack<C> sum = fma(weight(0), x(0, 0), bias);
+  sum = fma(weight(1), x(0, 1), sum);
+  sum = fma(weight(2), x(0, 2), sum);
+  sum = fma(weight(3), x(1, 0), sum);
+  sum = fma(weight(4), x(1, 1), sum);
+  sum = fma(weight(5), x(1, 2), sum);
+  sum = fma(weight(6), x(2, 0), sum);
+  sum = fma(weight(7), x(2, 1), sum);
+  sum = fma(weight(8), x(2, 2), sum);
+  return residual ? x(1, 1) + sum : sum;
 }
 
-// emit(token, y) for the tokens [first, first + count) of the grid, row by row; load(token) gives x there.
-// Tokens count from the beginning of the grid. A window of three columns slides along each row, so every
-// token is loaded three times.
+// emit(token, y) for the tokens [first, first + count) of the grid, row by row, one pack of channels; load(token)
+// gives x there. Tokens count from the beginning of the grid. A window of three columns slides along the row, so
+// every element is loaded three times.
 template <class C, class Load, class Emit>
 LINATTN_INLINE void conv_tokens(const TokenGrid& grid, Index first, Index count, const ConvTaps<C>& taps,
                                 bool residual, const Load& load, const Emit& emit) {
-  const Index end = first + count;
+  using P = Pack<C>;
+  const P zero = P::zero();
+  const Index width = grid.width, end = first + count;
   for (Index token = first; token < end;) {
-    const Index row = token / grid.width;
-    const Index row_begin = row * grid.width, row_end = row_begin + grid.width;
+    const Index row = token / width, row_end = (row + 1) * width;
     const bool above = row > 0, below = row + 1 < grid.height;
-    const auto column = [&](Index t) {
-      ConvColumn<C> result;
-      const bool inside = t >= row_begin && t < row_end;
-      result.row[0] = inside && above ? load(t - grid.width) : Pack<C>::zero();
-      result.row[1] = inside ? load(t) : Pack<C>::zero();
-      result.row[2] = inside && below ? load(t + grid.width) : Pack<C>::zero();
-      return result;
+    P window[3][3];
+    const auto load_column = [&](Index t, int column) {
+      window[0][column] = above ? load(t - width) : zero;
+      window[1][column] = load(t);
+      window[2][column] = below ? load(t + width) : zero;
     };
-    ConvColumn<C> left = column(token - 1), middle = column(token);
+    window[0][0] = window[1][0] = window[2][0] = zero;
+    if (token > row * width) load_column(token - 1, 0);
+    load_column(token, 1);
     for (const Index stop = std::min(end, row_end); token < stop; ++token) {
-      const ConvColumn<C> right = column(token + 1);
-      emit(token, apply_conv_taps(taps, left, middle, right, residual));
-      left = middle;
-      middle = right;
+      window[0][2] = window[1][2] = window[2][2] = zero;
+      if (token + 1 < row_end) load_column(token + 1, 2);
+      emit(token, conv_output<C>(
+                      taps.bias, [&](int tap) { return taps.weight[tap]; },
+                      [&](int i, int j) { return window[i][j]; }, residual));
+      for (auto& r : window) r[0] = r[1], r[1] = r[2];
     }
   }
 }
