@@ -21,7 +21,7 @@ using Ids = std::unordered_map<std::string, std::int32_t>;
 using CodePoint = utf8proc_int32_t;
 
 constexpr std::uintmax_t max_file_bytes = 16u << 20;  // the real tokenizer.json has 3.6 MB
-constexpr std::size_t max_text_bytes = 1u << 20;
+constexpr std::size_t max_text_bytes = 256u << 10;
 constexpr std::size_t max_merges = 49152 - 256 - 2;  // CLIP takes this many, however many the file lists
 constexpr std::int32_t max_vocab = 1 << 20;
 constexpr int max_json_depth = 32;
@@ -267,30 +267,32 @@ std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
 // Code points in NFC and lower case, by the full mapping of single characters (no final sigma): what the
 // normalizers NFC and Lowercase of CLIPTokenizerFast give.
 std::vector<CodePoint> normalize(std::string_view text) {
-  std::string valid;
-  const auto append = [&valid](CodePoint c) {
-    utf8proc_uint8_t utf8[4];
-    valid.append(utf8, utf8 + utf8proc_encode_char(c, utf8));
-  };
+  constexpr auto nfc = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+  std::vector<CodePoint> points;
+  points.reserve(text.size());
   for (std::size_t i = 0; i < text.size();) {
     CodePoint c = 0;
-    const auto n = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + i,
-                                    static_cast<utf8proc_ssize_t>(text.size() - i), &c);
-    append(n > 0 ? c : replacement_character);
-    i += n > 0 ? static_cast<std::size_t>(n) : 1;
+    const auto read = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + i,
+                                       static_cast<utf8proc_ssize_t>(text.size() - i), &c);
+    i += read > 0 ? static_cast<std::size_t>(read) : 1;
+    std::array<CodePoint, 32> parts;  // a canonical decomposition has at most 4
+    int boundary = 0;
+    const auto count = utf8proc_decompose_char(read > 0 ? c : replacement_character, parts.data(),
+                                               static_cast<utf8proc_ssize_t>(parts.size()), nfc, &boundary);
+    points.insert(points.end(), parts.begin(), parts.begin() + count);
   }
-
-  constexpr auto nfc = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-  const auto decompose = [&](CodePoint* out, std::size_t room) {
-    return utf8proc_decompose(reinterpret_cast<const utf8proc_uint8_t*>(valid.data()),
-                              static_cast<utf8proc_ssize_t>(valid.size()), out,
-                              static_cast<utf8proc_ssize_t>(room), nfc);
-  };
-  const auto count = decompose(nullptr, 0);
-  if (count < 0) throw std::runtime_error(std::string("the prompt: ") + utf8proc_errmsg(count));
-  std::vector<CodePoint> points(static_cast<std::size_t>(count));
-  decompose(points.data(), points.size());
-  points.resize(static_cast<std::size_t>(utf8proc_normalize_utf32(points.data(), count, nfc)));
+  // Marks in canonical order. utf8proc_decompose would do it by exchanging neighbours, in quadratic time.
+  const auto combining_class = [](CodePoint c) { return utf8proc_get_property(c)->combining_class; };
+  const auto is_starter = [&](CodePoint c) { return combining_class(c) == 0; };
+  for (auto run = points.begin(); run != points.end();) {
+    run = std::find_if_not(run, points.end(), is_starter);
+    const auto end = std::find_if(run, points.end(), is_starter);
+    std::stable_sort(run, end,
+                     [&](CodePoint a, CodePoint b) { return combining_class(a) < combining_class(b); });
+    run = end;
+  }
+  points.resize(static_cast<std::size_t>(
+      utf8proc_normalize_utf32(points.data(), static_cast<utf8proc_ssize_t>(points.size()), nfc)));
 
   std::vector<CodePoint> lower;
   lower.reserve(points.size());

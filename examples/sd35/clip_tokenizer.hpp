@@ -14,13 +14,15 @@
 namespace sd35 {
 
 /// Text to CLIP token ids, equal to transformers' CLIPTokenizerFast: NFC, lower case, split into letter runs,
-/// single digits, English contractions and runs of the rest (Unicode classes by libutf8proc), then byte-level
-/// BPE with `</w>` on the last symbol of a piece. `<|startoftext|>` and `<|endoftext|>` in the text become
-/// their ids. So do the other special tokens that the files name, the padding token above all: every `!` of a
-/// prompt is id 0 in the tokenizer_2 of SD3.5, whose padding it is, and 256 or a part of another symbol in
-/// one that pads with EOS. The slow CLIPTokenizer gives the same ids except where it sets CJK characters
-/// apart, drops control and format characters and knows the final sigma (without ftfy), or repairs the text
-/// first (with ftfy).
+/// single digits, English contractions and runs of the rest, then byte-level BPE with `</w>` on the last symbol
+/// of a piece. Unicode is libutf8proc's: characters of another version of it may fall into another class.
+///
+/// `<|startoftext|>` and `<|endoftext|>` in the text become their ids, and so do the other special tokens that
+/// the files name, the padding token above all: every `!` of a prompt is id 0 in the tokenizer_2 of SD3.5, whose
+/// padding it is, but 256 or a part of another symbol in a tokenizer that pads with EOS.
+///
+/// The slow CLIPTokenizer gives the same ids except where it sets CJK characters apart, drops control and format
+/// characters and knows the final sigma (without ftfy), or repairs the text first (with ftfy).
 class ClipTokenizer {
  public:
   /// Reads a vocabulary from, in this order:

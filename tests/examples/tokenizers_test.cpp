@@ -158,25 +158,17 @@ TEST_CASE("CLIP vocabularies read the same in every form") {
     CHECK_THROWS_AS(folder.encode_padded("a", 1), std::runtime_error);
   }
   SUBCASE("only CLIP's 48,894 merges count") {
+    // Every pair of printable letters, then those pairs with a third letter, until there are enough.
+    std::vector<std::string> left;
+    for (char c = '!'; c <= '~'; ++c) left.emplace_back(1, c);
+    const std::size_t letters = left.size();
     std::string many = "#version: 0.2\n";
-    for (int i = 0; i < 48894; ++i) many += "a b\n";
-    // One merge repeated is refused at its second line: were the cap not there, nothing else could tell.
-    CHECK(refusal<ClipTokenizer>(temporary.write("many.txt", many)).find("line 3 ") != std::string::npos);
-    many = "#version: 0.2\n";
-    std::string symbol = "a";  // a b, ab a, aba b, ... would be quadratic; letters of three alphabets are not
     int merges = 0;
-    std::vector<std::string> symbols;
-    for (char c = '!'; c <= '~'; ++c) symbols.emplace_back(1, c);
-    const std::size_t singles = symbols.size();
-    for (std::size_t i = 0; i < singles; ++i)
-      for (std::size_t j = 0; j < singles; ++j) {
-        symbols.push_back(symbols[i] + symbols[j]);
-        many += symbols[i] + " " + symbols[j] + "\n";
-        ++merges;
+    for (std::size_t i = 0; merges < 48894; ++i)
+      for (std::size_t j = 0; j < letters && merges < 48894; ++j, ++merges) {
+        many += left[i] + " " + left[j] + "\n";
+        if (i < letters) left.push_back(left[i] + left[j]);
       }
-    for (std::size_t i = singles; merges < 48894; ++i)
-      for (std::size_t j = 0; j < singles && merges < 48894; ++j, ++merges)
-        many += symbols[i] + " " + symbols[j] + "\n";
     many += "this line is no merge\n";
     const auto full = ClipTokenizer::load(temporary.write("many.txt", many));
     CHECK(full.bos_id() == 49406);
@@ -215,18 +207,18 @@ TEST_CASE("prompts of any bytes are taken, up to a length") {
                                    {"\xf5\x80\x80\x80"sv, 4}}) {
     std::string repaired = "cat ";
     for (int i = 0; i < count; ++i) repaired += replacement;
-    CAPTURE(count);
+    CAPTURE(repaired);
     CHECK(clip.encode("cat " + std::string(bad)) == clip.encode(repaired));
     CHECK(t5.encode("cat " + std::string(bad)) == t5.encode("cat \xe2\x98\x83"));  // unknown like U+2603
   }
   CHECK(clip.encode("a\0b"sv).size() > clip.encode("ab"sv).size());
 
-  const std::string most(1u << 20, 'a');
+  const std::string most(256u << 10, 'a');
   CHECK(clip.encode(most).size() > 1000);
   CHECK(t5.encode_padded(most).size() == 256);
-  CHECK_THROWS_WITH_AS(clip.encode(most + "a"), "the prompt has 1048577 bytes; at most 1048576 are taken",
+  CHECK_THROWS_WITH_AS(clip.encode(most + "a"), "the prompt has 262145 bytes; at most 262144 are taken",
                        std::runtime_error);
-  CHECK_THROWS_WITH_AS(t5.encode(most + "a"), "the prompt has 1048577 bytes; at most 1048576 are taken",
+  CHECK_THROWS_WITH_AS(t5.encode(most + "a"), "the prompt has 262145 bytes; at most 262144 are taken",
                        std::runtime_error);
 }
 
@@ -255,7 +247,6 @@ TEST_CASE("bad CLIP vocabularies are refused by name") {
     const char* why;                                     // part of the message
     std::string vocab_json, merges_txt, tokenizer_json;  // files written where not empty
   };
-  const std::string json_of = "is not valid JSON";
   const std::vector<Case> cases = {
       // vocab.json
       {"vocab.json", "is not valid JSON", "{", merges, ""},
