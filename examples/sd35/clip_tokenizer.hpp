@@ -38,7 +38,7 @@ class ClipTokenizer {
   static ClipTokenizer load(const std::filesystem::path& folder_or_file);
 
   /// The ids of the whole text, without BOS and EOS, never truncated. Bytes that are not UTF-8 read as
-  /// U+FFFD, one each. O(n log n) in the length of the longest piece. Throws std::runtime_error above 1 MiB
+  /// U+FFFD, one each. O(n log n) in the length of the longest piece. Throws std::runtime_error above 256 KiB
   /// of text.
   std::vector<std::int32_t> encode(std::string_view text) const;
 
