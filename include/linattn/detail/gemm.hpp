@@ -7,12 +7,31 @@
 // step. What becomes of the sums is the caller's: an epilogue receives them in registers.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include <linattn/core/status.hpp>
 #include <linattn/detail/simd.hpp>
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
 namespace detail {
+
+#if defined(__GNUC__)
+#define LINATTN_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define LINATTN_INLINE_LAMBDA
+#endif
+
+// f(0), f(1), ... f(N - 1), each index a constant of its own type: an array that is indexed by nothing else
+// stays in registers, while a loop that the compiler unrolls (late, or not at all) may leave it in memory.
+template <int N, class F>
+LINATTN_INLINE void unroll(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) LINATTN_INLINE_LAMBDA {
+    (f(std::integral_constant<int, I>{}), ...);
+  }
+  (std::make_integer_sequence<int, N>{});
+}
 
 // The register tile. Its sums, two packs of the panel and one broadcast fit the registers, and there are
 // enough sums to hide the latency of an FMA: 16 of 32 registers with AVX-512, 12 of 16 otherwise.
@@ -38,14 +57,14 @@ template <int Rows, class C>
 LINATTN_INLINE void multiply_tile(const C* a, Index row_stride, Index depth_stride, const C* panel,
                                   Index depth, Pack<C> (&sums)[Rows][Tile<C>::packs]) {
   using P = Pack<C>;
-  for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = P::zero();
+  unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA { sums[r][0] = sums[r][1] = P::zero(); });
   for (Index k = 0; k < depth; ++k) {
     const P b0 = P::load(panel), b1 = P::load(panel + P::size);
-    for (int r = 0; r < Rows; ++r) {
+    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
       const P x(a[r * row_stride]);
       sums[r][0] = fma(x, b0, sums[r][0]);
       sums[r][1] = fma(x, b1, sums[r][1]);
-    }
+    });
     a += depth_stride;
     panel += Tile<C>::columns;
   }
@@ -82,8 +101,11 @@ struct StoreTile {
   Index stride;
   template <int Rows>
   LINATTN_INLINE void operator()(Index row, Pack<C> (&sums)[Rows][Tile<C>::packs]) const {
-    for (int r = 0; r < Rows; ++r)
-      for (int p = 0; p < Tile<C>::packs; ++p) sums[r][p].store(c + (row + r) * stride + p * Pack<C>::size);
+    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+      C* const at = c + (row + r) * stride;
+      sums[r][0].store(at);
+      sums[r][1].store(at + Pack<C>::size);
+    });
   }
 };
 
@@ -93,11 +115,11 @@ struct AddTile {
   Index stride;
   template <int Rows>
   LINATTN_INLINE void operator()(Index row, Pack<C> (&sums)[Rows][Tile<C>::packs]) const {
-    for (int r = 0; r < Rows; ++r)
-      for (int p = 0; p < Tile<C>::packs; ++p) {
-        C* const at = c + (row + r) * stride + p * Pack<C>::size;
-        (Pack<C>::load(at) + sums[r][p]).store(at);
-      }
+    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+      C* const at = c + (row + r) * stride;
+      (Pack<C>::load(at) + sums[r][0]).store(at);
+      (Pack<C>::load(at + Pack<C>::size) + sums[r][1]).store(at + Pack<C>::size);
+    });
   }
 };
 
