@@ -15,9 +15,11 @@ namespace sd35 {
 
 /// Text to T5 token ids, equal to transformers' T5TokenizerFast (legacy, 100 sentinels): `</s>`, `<pad>`,
 /// `<unk>` and `<extra_id_0>` ... `<extra_id_99>` in the text become their ids, and SentencePiece encodes
-/// what lies between them, each part with its own leading space. Not read: tokenizer_config.json, so a folder
-/// with another number of sentinels or `legacy: false` (no leading space after a special token) differs
-/// there.
+/// what lies between them, each part with its own leading space. Known differences: tokenizer_config.json is
+/// not read, so a folder with another number of sentinels or with `legacy: false` (no leading space after a
+/// special token) differs there; U+0085 at the end is not stripped; a compatibility character before a
+/// combining mark is normalized by itself; of two segmentations whose scores differ by a rounding error the
+/// other one may be taken.
 class T5Tokenizer {
  public:
   static constexpr std::int32_t pad_id = 0;
@@ -29,7 +31,8 @@ class T5Tokenizer {
   /// and <unk> 2.
   static T5Tokenizer load(const std::filesystem::path& folder_or_file);
 
-  /// The ids of the whole text and EOS. Bytes that are not UTF-8 read as U+FFFD, one each. Throws std::runtime_error above 256 KiB of text.
+  /// The ids of the whole text and EOS. Bytes that are not UTF-8 read as an unknown character. Throws
+  /// std::runtime_error above 256 KiB of text.
   std::vector<std::int32_t> encode(std::string_view text) const;
 
   /// The first `length - 1` ids, EOS, then padding up to `length`. Throws as encode does, and where length
