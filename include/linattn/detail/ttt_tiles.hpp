@@ -33,25 +33,33 @@ inline constexpr Index ttt_chunk = 512;  // tokens whose gradients are summed be
 template <class C>
 struct TttShape {
   Index head_dim;
-  Index packs;       // that hold one row of channels
-  Index width;       // channels rounded up to panels: the row length of a tile
-  Index in_panels;   // of the projections
-  Index out_panels;  // of the output matrix, if there is one
+  Index packs;        // that hold one row of channels
+  Index width;        // channels rounded up to panels: the row length of a tile
+  Index projections;  // matrices that read x
+  Index in_panels;    // of the projections
+  Index out_panels;   // of the output matrix, if there is one
 
   template <InnerModel Model>
   [[nodiscard]] static constexpr TttShape of(Index head_dim) {
-    const Index packs = (head_dim + Pack<C>::size - 1) / Pack<C>::size;
-    const Index panels = padded_columns<C>(head_dim) / Tile<C>::columns;
-    return {head_dim, packs, padded_columns<C>(head_dim), Model::projections == 2 ? packs : panels,
-            Model::has_output ? panels : 0};
+    TttShape s{};
+    s.head_dim = head_dim;
+    s.packs = (head_dim + Pack<C>::size - 1) / Pack<C>::size;
+    s.width = padded_columns<C>(head_dim);
+    s.projections = Model::projections;
+    s.in_panels = Model::projections == 2 ? s.packs : s.panels();
+    s.out_panels = Model::has_output ? s.panels() : 0;
+    return s;
   }
+  [[nodiscard]] constexpr Index panels() const { return width / Tile<C>::columns; }
+  // Elements of one panel of a matrix, and of all panels of a head.
   [[nodiscard]] constexpr Index panel() const { return head_dim * Tile<C>::columns; }
   [[nodiscard]] constexpr Index in_size() const { return in_panels * panel(); }
   [[nodiscard]] constexpr Index out_size() const { return out_panels * panel(); }
   [[nodiscard]] constexpr Index size() const { return in_size() + out_size(); }
-  // Elements of one tile of tokens, and of the derivatives by all projections.
+  // Elements of one panel of a tile of tokens, of the tile, and of a tile for each projection.
+  [[nodiscard]] constexpr Index tile_panel() const { return ttt_tile * Tile<C>::columns; }
   [[nodiscard]] constexpr Index tile() const { return ttt_tile * width; }
-  [[nodiscard]] constexpr Index derivatives() const { return ttt_tile * in_panels * Tile<C>::columns; }
+  [[nodiscard]] constexpr Index derivatives() const { return projections * tile(); }
 };
 
 // ---- weights in panels ----
@@ -198,32 +206,43 @@ LINATTN_NOINLINE void write_rows(const TttShape<C>& shape, const C* rows, Index 
                      [&](Index c, auto lanes) { lanes.store(out + c, Pack<C>::load(rows + c)); });
 }
 
+// A tile of tokens (or its transpose) by one panel, then epilogue(row, sum0, sum1) for each row.
+template <class C, class Epilogue>
+LINATTN_INLINE void multiply_by_panel(const TttShape<C>& shape, const C* tile, Index tokens, const C* panel,
+                                      const Epilogue& epilogue) {
+  multiply_panel(
+      tile, shape.width, Index{1}, tokens, panel, shape.head_dim,
+      [&]<int R>(Index row, Pack<C>(&sums)[R][2]) LINATTN_INLINE_LAMBDA {
+        unroll<R>([&](auto r) LINATTN_INLINE_LAMBDA { epilogue(row + r, sums[r][0], sums[r][1]); });
+      });
+}
+
 // z = x W_in, then a = activation(z) to rows and its derivatives, in the layout of W_in, to panels.
 template <class Model, class C>
 LINATTN_NOINLINE void differentiate(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in,
                                     C* activation, C* derivatives) {
   using P = Pack<C>;
   for (Index p = 0; p < shape.in_panels; ++p) {
-    C* const d = derivatives + p * ttt_tile * Tile<C>::columns;
-    multiply_panel(x, shape.width, Index{1}, tokens, w_in + p * shape.panel(), shape.head_dim,
-                   [&]<int R>(Index row, P(&z)[R][2]) {
-                     for (int r = 0; r < R; ++r) {
-                       C* const d_row = d + (row + r) * Tile<C>::columns;
-                       C* const a_row = activation + (row + r) * shape.width;
-                       if constexpr (Model::projections == 2) {
-                         const Activation<P> a = Model::differentiate(z[r][0], z[r][1]);
-                         a.value.store(a_row + p * P::size);
-                         a.d1.store(d_row);
-                         a.d2.store(d_row + P::size);
-                       } else {
-                         for (int j = 0; j < 2; ++j) {
-                           const Activation<P> a = Model::differentiate(z[r][j], z[r][j]);
-                           a.value.store(a_row + p * Tile<C>::columns + j * P::size);
-                           a.d1.store(d_row + j * P::size);
-                         }
-                       }
-                     }
-                   });
+    C* const to = derivatives + p * shape.tile_panel();
+    C* const values = activation + p * Tile<C>::columns / Model::projections;
+    multiply_by_panel(shape, x, tokens, w_in + p * shape.panel(),
+                      [&](Index row, P z1, P z2) LINATTN_INLINE_LAMBDA {
+                        C* const d = to + row * Tile<C>::columns;
+                        C* const a = values + row * shape.width;
+                        if constexpr (Model::projections == 2) {
+                          const Activation<P> f = Model::differentiate(z1, z2);
+                          f.value.store(a);
+                          f.d1.store(d);
+                          f.d2.store(d + P::size);
+                        } else {
+                          const Activation<P> f1 = Model::differentiate(z1, z1);
+                          const Activation<P> f2 = Model::differentiate(z2, z2);
+                          f1.value.store(a);
+                          f2.value.store(a + P::size);
+                          f1.d1.store(d);
+                          f2.d1.store(d + P::size);
+                        }
+                      });
   }
 }
 
@@ -233,28 +252,31 @@ LINATTN_NOINLINE void activate(const TttShape<C>& shape, const C* x, Index token
                                C* activation) {
   using P = Pack<C>;
   for (Index p = 0; p < shape.in_panels; ++p) {
-    multiply_panel(
-        x, shape.width, Index{1}, tokens, w_in + p * shape.panel(), shape.head_dim,
-        [&]<int R>(Index row, P(&z)[R][2]) {
-          for (int r = 0; r < R; ++r) {
-            C* const a_row = activation + (row + r) * shape.width;
-            if constexpr (Model::projections == 2) {
-              Model::activate(z[r][0], z[r][1]).store(a_row + p * P::size);
-            } else {
-              for (int j = 0; j < 2; ++j)
-                Model::activate(z[r][j], z[r][j]).store(a_row + p * Tile<C>::columns + j * P::size);
-            }
-          }
-        });
+    C* const values = activation + p * Tile<C>::columns / Model::projections;
+    multiply_by_panel(shape, x, tokens, w_in + p * shape.panel(),
+                      [&](Index row, P z1, P z2) LINATTN_INLINE_LAMBDA {
+                        C* const a = values + row * shape.width;
+                        if constexpr (Model::projections == 2) {
+                          Model::activate(z1, z2).store(a);
+                        } else {
+                          Model::activate(z1, z1).store(a);
+                          Model::activate(z2, z2).store(a + P::size);
+                        }
+                      });
   }
 }
 
 // y = a W, rows by the panels of one matrix.
 template <class C>
 LINATTN_NOINLINE void multiply_rows(const TttShape<C>& shape, const C* a, Index tokens, const C* w, C* y) {
-  for (Index p = 0; p < shape.width / Tile<C>::columns; ++p)
-    multiply_panel(a, shape.width, Index{1}, tokens, w + p * shape.panel(), shape.head_dim,
-                   StoreTile<C>{y + p * Tile<C>::columns, shape.width});
+  using P = Pack<C>;
+  for (Index p = 0; p < shape.panels(); ++p)
+    multiply_by_panel(shape, a, tokens, w + p * shape.panel(),
+                      [&](Index row, P y1, P y2) LINATTN_INLINE_LAMBDA {
+                        C* const to = y + row * shape.width + p * Tile<C>::columns;
+                        y1.store(to);
+                        y2.store(to + P::size);
+                      });
 }
 
 // y = a W and at once the error of y, whose target the rows hold.
@@ -262,21 +284,18 @@ template <class Loss, class C>
 LINATTN_NOINLINE void predict_errors(const TttShape<C>& shape, const C* a, Index tokens, const C* w, C* rows,
                                      C* panels) {
   using P = Pack<C>;
-  for (Index p = 0; p < shape.width / Tile<C>::columns; ++p) {
-    C* const panel = panels + p * ttt_tile * Tile<C>::columns;
-    multiply_panel(a, shape.width, Index{1}, tokens, w + p * shape.panel(), shape.head_dim,
-                   [&]<int R>(Index row, P(&y)[R][2]) {
-                     for (int r = 0; r < R; ++r) {
-                       for (int j = 0; j < 2; ++j) {
-                         C* const target =
-                             rows + (row + r) * shape.width + p * Tile<C>::columns + j * P::size;
-                         const P error = Loss::error(P::load(target), y[r][j]);
-                         error.store(target);
-                         error.store(panel + (row + r) * Tile<C>::columns + j * P::size);
-                       }
-                     }
-                   });
-  }
+  for (Index p = 0; p < shape.panels(); ++p)
+    multiply_by_panel(shape, a, tokens, w + p * shape.panel(),
+                      [&](Index row, P y1, P y2) LINATTN_INLINE_LAMBDA {
+                        C* const target = rows + row * shape.width + p * Tile<C>::columns;
+                        C* const to = panels + p * shape.tile_panel() + row * Tile<C>::columns;
+                        const P e1 = Loss::error(P::load(target), y1);
+                        const P e2 = Loss::error(P::load(target + P::size), y2);
+                        e1.store(target);
+                        e2.store(target + P::size);
+                        e1.store(to);
+                        e2.store(to + P::size);
+                      });
 }
 
 // D = E W_out^T, and at once D times the derivatives, in place: what K^T multiplies.
@@ -284,26 +303,23 @@ template <int Projections, class C>
 LINATTN_NOINLINE void backpropagate(const TttShape<C>& shape, const C* errors, Index tokens,
                                     const C* w_out_transposed, C* derivatives) {
   using P = Pack<C>;
-  for (Index p = 0; p < shape.out_panels; ++p) {
-    C* const d = derivatives + p * Projections * ttt_tile * Tile<C>::columns;
-    // With two projections the second pack of the last panel may lie beyond the channels.
-    const int packs = static_cast<int>(std::min<Index>(2, shape.packs - 2 * p));
-    multiply_panel(errors, shape.width, Index{1}, tokens, w_out_transposed + p * shape.panel(),
-                   shape.head_dim, [&]<int R>(Index row, P(&sums)[R][2]) {
-                     for (int r = 0; r < R; ++r) {
-                       C* const d_row = d + (row + r) * Tile<C>::columns;
-                       if constexpr (Projections == 2) {
-                         for (int j = 0; j < packs; ++j) {
-                           C* const pair = d_row + j * ttt_tile * Tile<C>::columns;
-                           (P::load(pair) * sums[r][j]).store(pair);
-                           (P::load(pair + P::size) * sums[r][j]).store(pair + P::size);
-                         }
-                       } else {
-                         for (int j = 0; j < 2; ++j)
-                           (P::load(d_row + j * P::size) * sums[r][j]).store(d_row + j * P::size);
-                       }
-                     }
-                   });
+  const auto multiply = [](C* at, P by) LINATTN_INLINE_LAMBDA { (P::load(at) * by).store(at); };
+  for (Index p = 0; p < shape.panels(); ++p) {
+    C* const panel = derivatives + p * Projections * shape.tile_panel();
+    multiply_by_panel(shape, errors, tokens, w_out_transposed + p * shape.panel(),
+                      [&](Index row, P d1, P d2) LINATTN_INLINE_LAMBDA {
+                        C* const at = panel + row * Tile<C>::columns;
+                        if constexpr (Projections == 2) {
+                          C* const next = at + shape.tile_panel();
+                          multiply(at, d1);
+                          multiply(at + P::size, d1);
+                          multiply(next, d2);
+                          multiply(next + P::size, d2);
+                        } else {
+                          multiply(at, d1);
+                          multiply(at + P::size, d2);
+                        }
+                      });
   }
 }
 
@@ -312,7 +328,7 @@ template <class C>
 LINATTN_NOINLINE void accumulate_gradient(const TttShape<C>& shape, const C* x, Index tokens, const C* panels,
                                           Index count, C* gradient) {
   for (Index p = 0; p < count; ++p)
-    multiply_panel(x, Index{1}, shape.width, shape.head_dim, panels + p * ttt_tile * Tile<C>::columns, tokens,
+    multiply_panel(x, Index{1}, shape.width, shape.head_dim, panels + p * shape.tile_panel(), tokens,
                    AddTile<C>{gradient + p * shape.panel(), Tile<C>::columns});
 }
 
