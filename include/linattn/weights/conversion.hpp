@@ -41,7 +41,7 @@ enum class InnerLossKind : std::uint8_t { inner_product, squared_error };
   return kind == InnerLossKind::inner_product ? "inner_product" : "squared_error";
 }
 // How many matrices w1, w2, w3 the model has.
-[[nodiscard]] constexpr std::size_t matrices(InnerModelKind kind) {
+[[nodiscard]] constexpr std::size_t matrix_count(InnerModelKind kind) {
   return static_cast<std::size_t>(kind) + 1;
 }
 
@@ -66,7 +66,7 @@ using Conversion = std::map<std::string, ModuleConversion, std::less<>>;
                                                             Index head_dim, Dtype dtype) {
   std::vector<TensorSpec> specs;
   const std::string dot = std::string(stem) + ".";
-  for (std::size_t i = 1; i <= matrices(module.inner_model); ++i)
+  for (std::size_t i = 1; i <= matrix_count(module.inner_model); ++i)
     specs.push_back({dot + "w" + std::to_string(i), dtype, {1, heads, head_dim, head_dim}});
   if (module.conv)
     for (const char* conv : {"q_conv2d", "k_conv2d"}) {
