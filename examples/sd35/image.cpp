@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cmath>
 #include <csetjmp>
 #include <cstdio>
 #include <memory>
@@ -87,24 +86,6 @@ void write_directly(const fs::path& path, std::string_view bytes) {
 }
 
 }  // namespace
-
-template <class T>
-Image to_image(std::span<const T> pixels, Index width, Index height) {
-  Image image{width, height, std::vector<std::uint8_t>(pixels.size())};
-  if (static_cast<Index>(pixels.size()) != width * height * 3)
-    throw std::logic_error("to_image: " + std::to_string(pixels.size()) + " values for " +
-                           std::to_string(width) + " x " + std::to_string(height));
-  for (std::size_t i = 0; i < pixels.size(); ++i) {
-    const T unit = (pixels[i] + 1) / 2;
-    // Written so that NaN takes the first branch.
-    image.rgb[i] = !(unit > 0)   ? std::uint8_t{0}
-                   : !(unit < 1) ? std::uint8_t{255}
-                                 : static_cast<std::uint8_t>(std::lround(unit * 255));
-  }
-  return image;
-}
-template Image to_image<float>(std::span<const float>, Index, Index);
-template Image to_image<double>(std::span<const double>, Index, Index);
 
 Image side_by_side(std::span<const Image> images, Index gap) {
   Image result;

@@ -1,0 +1,527 @@
+#include "mmdit.hpp"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
+#include <linattn/ops/rms_norm_cpu.hpp>
+#include <linattn/ops/ttt_cpu.hpp>
+
+namespace sd35 {
+namespace {
+
+constexpr double norm_eps = 1e-6;
+
+std::string block_name(Index i) { return "joint_blocks." + std::to_string(i) + "."; }
+
+[[noreturn]] void fail(const Checkpoint& checkpoint, const std::string& what) {
+  throw std::runtime_error(checkpoint.path().string() + ": " + what);
+}
+
+// 1 + the largest number of a block.
+Index count_blocks(const Checkpoint& checkpoint) {
+  const std::string_view prefix = checkpoint.diffusers() ? "transformer_blocks." : "joint_blocks.";
+  Index count = 0;
+  for (const std::string& name : checkpoint.stored_names()) {
+    if (!name.starts_with(prefix)) continue;
+    Index index = 0;
+    const auto [end, error] = std::from_chars(name.data() + prefix.size(), name.data() + name.size(), index);
+    if (error == std::errc{}) count = std::max(count, index + 1);
+  }
+  return count;
+}
+
+}  // namespace
+
+MmditConfig MmditConfig::of(const Checkpoint& checkpoint) {
+  constexpr Index any = Checkpoint::any;
+  MmditConfig config;
+  const std::vector<Index> patches = checkpoint.get("x_embedder.proj.weight", {any, any, any, any}).shape;
+  config.patch = checkpoint.config_value("patch_size", patches[2]);
+  config.in_channels = checkpoint.config_value("in_channels", patches[1]);
+  config.width = patches[0];
+  config.depth = checkpoint.config_value("num_layers", count_blocks(checkpoint));
+  config.context_width = checkpoint.config_value(
+      "joint_attention_dim", checkpoint.matrix("context_embedder.weight", any, any).extent(1));
+  config.pooled_width = checkpoint.config_value(
+      "pooled_projection_dim", checkpoint.matrix("y_embedder.mlp.0.weight", any, any).extent(1));
+  config.time_width = checkpoint.matrix("t_embedder.mlp.0.weight", any, any).extent(1);
+  config.mlp_width = checkpoint.matrix("joint_blocks.0.x_block.mlp.fc1.weight", any, any).extent(0);
+
+  const std::string norm = checkpoint.config_value(
+      "qk_norm",
+      std::string(checkpoint.has("joint_blocks.0.context_block.attn.ln_k.weight") ? "rms_norm" : ""));
+  if (norm != "rms_norm" && norm != "")
+    fail(checkpoint, "qk_norm '" + norm + "' is not supported, only rms_norm");
+  config.qk_norm = norm == "rms_norm";
+  const Index head_dim = checkpoint.config_value(
+      "attention_head_dim",
+      config.qk_norm ? checkpoint.get("joint_blocks.0.x_block.attn.ln_q.weight", {any}).extent(0) : 64);
+  if (head_dim < 1 || config.width % head_dim != 0)
+    fail(checkpoint, "a width of " + std::to_string(config.width) + " is not made of heads of " +
+                         std::to_string(head_dim));
+  config.heads = checkpoint.config_value("num_attention_heads", config.width / head_dim);
+
+  const Index rows = checkpoint.get("pos_embed", {1, any, config.width}).extent(1);
+  config.position_grid = checkpoint.config_value(
+      "pos_embed_max_size", static_cast<Index>(std::lround(std::sqrt(static_cast<double>(rows)))));
+
+  const Index final_rows = checkpoint.matrix("final_layer.linear.weight", any, config.width).extent(0);
+  const Index area = config.patch * config.patch;
+  if (config.patch < 1 || config.depth < 1 || config.heads < 1 || config.heads * head_dim != config.width ||
+      final_rows % area != 0)
+    fail(checkpoint, "no transformer of SD3: depth " + std::to_string(config.depth) + ", " +
+                         std::to_string(config.heads) + " heads of " + std::to_string(head_dim) +
+                         " channels for a width of " + std::to_string(config.width) + ", patch " +
+                         std::to_string(config.patch) + ", " + std::to_string(final_rows) +
+                         " outputs a patch");
+  config.out_channels = final_rows / area;
+
+  const nlohmann::json& json = checkpoint.config();
+  const bool listed = json.is_object() && json.contains("dual_attention_layers");
+  for (Index i = 0; i < config.depth; ++i) {
+    bool dual = checkpoint.has(block_name(i) + "x_block.attn2.q.weight");
+    if (listed) {
+      dual = false;
+      for (const nlohmann::json& layer : json["dual_attention_layers"]) dual = dual || layer == i;
+    }
+    config.dual.push_back(dual);
+  }
+  return config;
+}
+
+template <class T>
+typename Mmdit<T>::Projections Mmdit<T>::load_projections(const Checkpoint& checkpoint,
+                                                          const std::string& name, bool with_proj) const {
+  const Index width = config_.width;
+  Projections result{checkpoint.linear<T>(name + ".q", width, width),
+                     checkpoint.linear<T>(name + ".k", width, width),
+                     checkpoint.linear<T>(name + ".v", width, width),
+                     {},
+                     {},
+                     {}};
+  if (config_.qk_norm) {
+    result.norm_q = checkpoint.vector<T>(name + ".ln_q.weight", config_.head_dim());
+    result.norm_k = checkpoint.vector<T>(name + ".ln_k.weight", config_.head_dim());
+  }
+  if (with_proj) result.proj = checkpoint.linear<T>(name + ".proj", width, width);
+  return result;
+}
+
+template <class T>
+typename Mmdit<T>::Mlp Mmdit<T>::load_mlp(const Checkpoint& checkpoint, const std::string& name) const {
+  return {checkpoint.linear<T>(name + ".fc1", config_.mlp_width, config_.width),
+          checkpoint.linear<T>(name + ".fc2", config_.width, config_.mlp_width)};
+}
+
+// Takes the module out of `conversion`, so that what is left belongs to no attention.
+template <class T>
+std::optional<typename Mmdit<T>::Ttt> Mmdit<T>::load_ttt(const Checkpoint& checkpoint,
+                                                         const std::string& name,
+                                                         linattn::Conversion& conversion) const {
+  const std::string tensor = checkpoint.full_name(name + ".w1");
+  const auto found = conversion.find(tensor.substr(0, tensor.size() - 3));
+  if (found == conversion.end()) return std::nullopt;
+  Ttt ttt;
+  ttt.conversion = found->second;
+  conversion.erase(found);
+  const Index heads = config_.heads, head_dim = config_.head_dim();
+  const auto load = [&](const char* parameter, const std::vector<Index>& shape) {
+    return widen<T>(checkpoint.get(name + parameter, shape));
+  };
+  const std::size_t matrices = linattn::matrix_count(ttt.conversion.inner_model);
+  const std::vector<Index> matrix{1, heads, head_dim, head_dim};
+  ttt.w1 = load(".w1", matrix);
+  if (matrices >= 2) ttt.w2 = load(".w2", matrix);
+  if (matrices >= 3) ttt.w3 = load(".w3", matrix);
+  if (ttt.conversion.conv) {
+    ttt.q_conv = load(".q_conv2d.weight", {config_.width, 1, 3, 3});
+    ttt.q_conv_bias = load(".q_conv2d.bias", {config_.width});
+    ttt.k_conv = load(".k_conv2d.weight", {config_.width, 1, 3, 3});
+    ttt.k_conv_bias = load(".k_conv2d.bias", {config_.width});
+  }
+  return ttt;
+}
+
+template <class T>
+Mmdit<T>::Mmdit(const Checkpoint& checkpoint, const MmditConfig& config) : config_(config) {
+  const Index width = config_.width, area = config_.patch * config_.patch;
+  positions_ = checkpoint.get("pos_embed", {1, config_.position_grid * config_.position_grid, width});
+  patches_.weight =
+      checkpoint.get("x_embedder.proj.weight", {width, config_.in_channels, config_.patch, config_.patch})
+          .matrix();
+  patches_.bias = checkpoint.vector<T>("x_embedder.proj.bias", width);
+  time1_ = checkpoint.linear<T>("t_embedder.mlp.0", width, config_.time_width);
+  time2_ = checkpoint.linear<T>("t_embedder.mlp.2", width, width);
+  pooled1_ = checkpoint.linear<T>("y_embedder.mlp.0", width, config_.pooled_width);
+  pooled2_ = checkpoint.linear<T>("y_embedder.mlp.2", width, width);
+  context_embedder_ = checkpoint.linear<T>("context_embedder", width, config_.context_width);
+  final_modulation_ = checkpoint.linear<T>("final_layer.adaLN_modulation.1", 2 * width, width);
+  final_ = checkpoint.linear<T>("final_layer.linear", area * config_.out_channels, width);
+
+  std::filesystem::path json;
+  if (!checkpoint.config().is_null()) json = checkpoint.path().parent_path() / "config.json";
+  linattn::Conversion conversion;
+  if (const linattn::FileStatus status = linattn::read_conversion(checkpoint.files(), conversion, json);
+      !status.ok())
+    throw std::runtime_error(message(status));
+
+  for (Index i = 0; i < config_.depth; ++i) {
+    const bool last = i + 1 == config_.depth, dual = config_.dual[static_cast<std::size_t>(i)];
+    const std::string image = block_name(i) + "x_block.", context = block_name(i) + "context_block.";
+    Block block;
+    block.image_modulation =
+        checkpoint.linear<T>(image + "adaLN_modulation.1", (dual ? 9 : 6) * width, width);
+    block.context_modulation =
+        checkpoint.linear<T>(context + "adaLN_modulation.1", (last ? 2 : 6) * width, width);
+    block.joint = {load_projections(checkpoint, image + "attn", true),
+                   load_ttt(checkpoint, image + "attn", conversion)};
+    block.context = load_projections(checkpoint, context + "attn", !last);
+    if (dual)
+      block.second = Attention{load_projections(checkpoint, image + "attn2", true),
+                               load_ttt(checkpoint, image + "attn2", conversion)};
+    block.image_mlp = load_mlp(checkpoint, image + "mlp");
+    if (!last) block.context_mlp = load_mlp(checkpoint, context + "mlp");
+    blocks_.push_back(std::move(block));
+  }
+  if (!conversion.empty())
+    fail(checkpoint,
+         "the converted module '" + conversion.begin()->first + "' is no attention of this model");
+}
+
+template <class T>
+Index Mmdit<T>::modules() const {
+  return config_.depth + std::count(config_.dual.begin(), config_.dual.end(), true);
+}
+
+template <class T>
+Index Mmdit<T>::converted_modules() const {
+  Index count = 0;
+  for (const Block& block : blocks_)
+    count += (block.joint.ttt ? 1 : 0) + (block.second && block.second->ttt ? 1 : 0);
+  return count;
+}
+
+template <class T>
+Modulations<T> Mmdit<T>::modulate(Runtime& rt, In<T, 2> sinusoids, In<T, 2> pooled,
+                                  const Observer<T>& observe) const {
+  const auto embed = [&](const LinearWeights<T>& first, const LinearWeights<T>& second, In<T, 2> in,
+                         const char* name) {
+    const TensorView<const T, 3> rows(in.data, {1, in.extent(0), in.extent(1)},
+                                      {in.extent(0) * in.stride(0), in.stride(0), in.stride(1)});
+    Tensor<T> hidden = linear<T>(rt, rows, first);
+    activate<T>(rt, Activation::silu, hidden.template view<3>());
+    Tensor<T> out = linear<T>(rt, std::as_const(hidden).template view<3>(), second);
+    if (observe) observe(name, std::as_const(out).template view<3>());
+    return out;
+  };
+  Tensor<T> c = embed(time1_, time2_, sinusoids, "t_emb");
+  const Tensor<T> text = embed(pooled1_, pooled2_, pooled, "y_emb");
+  add<T>(rt, c.template view<3>(), text.template view<3>());
+  activate<T>(rt, Activation::silu, c.template view<3>());
+
+  Modulations<T> result;
+  const auto append = [&](const LinearWeights<T>& weights) {
+    result.layers.push_back(linear<T>(rt, std::as_const(c).template view<3>(), weights));
+  };
+  for (const Block& block : blocks_) {
+    append(block.image_modulation);
+    append(block.context_modulation);
+  }
+  append(final_modulation_);
+  return result;
+}
+
+template <class T>
+Tensor<T> Mmdit<T>::embed_context(Runtime& rt, In<T, 3> context, const Observer<T>& observe) const {
+  Tensor<T> out = linear<T>(rt, context, context_embedder_);
+  if (observe) observe("context_embed", std::as_const(out).template view<3>());
+  return out;
+}
+
+// Patch (r, s) is the vector x[ch, r p + i, s p + j], index (ch p + i) p + j: the order of the flattened
+// convolution weight. Its position embedding is that of the centre of the table's grid.
+template <class T>
+Tensor<T> Mmdit<T>::embed_patches(Runtime& rt, In<T, 4> x, const Observer<T>& observe) const {
+  const Index batch = x.extent(0), channels = x.extent(1), p = config_.patch;
+  const Index height = x.extent(2) / p, width = x.extent(3) / p;
+  Tensor<T> patches({batch, height * width, channels * p * p});
+  rt.parallel_rows(batch * height, width * channels * p * p, [&](Index begin, Index end) {
+    for (Index row = begin; row < end; ++row) {
+      T* out = patches.data() + row * width * channels * p * p;
+      for (Index s = 0; s < width; ++s)
+        for (Index ch = 0; ch < channels; ++ch)
+          for (Index i = 0; i < p; ++i)
+            for (Index j = 0; j < p; ++j) *out++ = x(row / height, ch, row % height * p + i, s * p + j);
+    }
+  });
+  Tensor<T> tokens = linear<T>(rt, std::as_const(patches).template view<3>(), patches_);
+  if (observe) observe("patch_embed", std::as_const(tokens).template view<3>());
+
+  const Index grid = config_.position_grid, channels_out = config_.width;
+  const Index top = (grid - height) / 2, left = (grid - width) / 2;
+  visit(positions_, [&](const auto* table) {
+    const auto* const centre = table + (top * grid + left) * channels_out;
+    rt.parallel_rows(batch * height, width * channels_out, [&](Index begin, Index end) {
+      for (Index row = begin; row < end; ++row) {
+        T* const out = tokens.data() + row * width * channels_out;
+        const auto* const position = centre + row % height * grid * channels_out;
+        for (Index i = 0; i < width * channels_out; ++i) out[i] += linattn::convert<T>(position[i]);
+      }
+    });
+    if (observe) {
+      Tensor<T> crop({1, height * width, channels_out});
+      for (Index row = 0; row < height; ++row)
+        for (Index i = 0; i < width * channels_out; ++i)
+          crop.data()[row * width * channels_out + i] =
+              linattn::convert<T>(centre[row * grid * channels_out + i]);
+      observe("cropped_pos", std::as_const(crop).template view<3>());
+    }
+  });
+  return tokens;
+}
+
+template <class T>
+void Mmdit<T>::project(Runtime& rt, const Projections& weights, In<T, 3> x, TensorView<T, 3> q,
+                       TensorView<T, 3> k, TensorView<T, 3> v) const {
+  const auto normalise = [&](const char* what, const std::vector<T>& weight, TensorView<T, 3> view) {
+    if (weight.empty()) return;
+    const TensorView<T, 4> heads = split_heads(view, config_.heads);
+    const linattn::RmsNormOptions options{.eps = norm_eps};
+    rt.run(
+        what, [](const auto&) { return std::size_t{0}; },
+        [&](const auto& context) {
+          return linattn::rms_norm(context, heads, as_view(weight), heads, options);
+        });
+  };
+  if (!q.empty()) {
+    linear<T>(rt, x, weights.q, q);
+    normalise("ln_q", weights.norm_q, q);
+  }
+  linear<T>(rt, x, weights.k, k);
+  normalise("ln_k", weights.norm_k, k);
+  linear<T>(rt, x, weights.v, v);
+}
+
+template <class T>
+void Mmdit<T>::attend(Runtime& rt, const std::string& what, const Attention& attention, In<T, 3> q,
+                      In<T, 3> k, In<T, 3> v, Index text_queries, Index text_keys, Index grid_height,
+                      Index grid_width, TensorView<T, 3> out) const {
+  const auto heads = [&](const auto& view) { return split_heads(view, config_.heads); };
+  if (!attention.ttt) return sd35::attention<T>(rt, what, heads(q), heads(k), heads(v), heads(out));
+
+  const Ttt& ttt = *attention.ttt;
+  const Index batch = q.extent(0), head_dim = config_.head_dim();
+  const auto initial = [&](const std::vector<T>& w) {
+    return TensorView<const T, 3>(w.data(), {w.empty() ? 0 : config_.heads, head_dim, head_dim});
+  };
+  std::array<Tensor<T>, 3> memory;
+  for (std::size_t i = 0; i < linattn::matrix_count(ttt.conversion.inner_model); ++i)
+    memory[i] = Tensor<T>({batch, config_.heads, head_dim, head_dim});
+  const auto fast = [&](std::size_t i) {
+    return memory[i].empty() ? TensorView<T, 4>() : memory[i].template view<4>();
+  };
+  const linattn::TttWeights<T> weights{initial(ttt.w1), initial(ttt.w2), initial(ttt.w3)};
+  const linattn::FastWeights<T> fast_weights{fast(0), fast(1), fast(2)};
+
+  linattn::TttOptions<T> options{.inner_lr = ttt.conversion.inner_lr};
+  options.prologue.key_norm = true;
+  options.prologue.key_norm_eps = ttt.conversion.key_norm_eps;
+  if (ttt.conversion.conv) {
+    const auto kernel = [&](const std::vector<T>& w) {
+      return TensorView<const T, 4>(w.data(), {config_.width, 1, 3, 3});
+    };
+    options.prologue.q_conv = kernel(ttt.q_conv);
+    options.prologue.k_conv = kernel(ttt.k_conv);
+    options.prologue.q_conv_bias = as_view(ttt.q_conv_bias);
+    options.prologue.k_conv_bias = as_view(ttt.k_conv_bias);
+  }
+  const auto run = [&]<class Model, class Loss>(Model, Loss) {
+    options.prologue.grid = {text_keys, grid_height, grid_width};
+    rt.run(
+        what,
+        [&](const auto& context) {
+          return linattn::ttt_update_workspace<Model, Loss>(context, heads(k), heads(v), weights,
+                                                            fast_weights, options);
+        },
+        [&](const auto& context) {
+          return linattn::ttt_update<Model, Loss>(context, heads(k), heads(v), weights, fast_weights,
+                                                  options);
+        });
+    options.prologue.grid.offset = text_queries;
+    rt.run(
+        what,
+        [&](const auto& context) {
+          return linattn::ttt_apply_workspace<Model>(context, heads(q), fast_weights, heads(out), options);
+        },
+        [&](const auto& context) {
+          return linattn::ttt_apply<Model>(context, heads(q), fast_weights, heads(out), options);
+        });
+  };
+  const auto with_loss = [&](auto model) {
+    if (ttt.conversion.inner_loss == linattn::InnerLossKind::inner_product)
+      return run(model, linattn::InnerProduct{});
+    run(model, linattn::SquaredError{});
+  };
+  switch (ttt.conversion.inner_model) {
+    case linattn::InnerModelKind::linear:
+      return with_loss(linattn::Linear{});
+    case linattn::InnerModelKind::mlp:
+      return with_loss(linattn::Mlp{});
+    case linattn::InnerModelKind::swiglu:
+      return with_loss(linattn::SwiGlu{});
+  }
+}
+
+// Scratch of a forward, which the blocks share. S = text + image tokens.
+template <class T>
+struct Mmdit<T>::Buffers {
+  Tensor<T> q, k, v, attended;  // (batch, S, width)
+  Tensor<T> modulated;          // (batch, S, width)
+  Tensor<T> joint, second;      // (batch, image, width)
+  Tensor<T> hidden;             // (rows, mlp_width)
+};
+
+// x += gate fc2(gelu(fc1(mod(x)))), some rows at a time, so that the wide activation stays small.
+template <class T>
+void Mmdit<T>::add_mlp(Runtime& rt, const Mlp& mlp, TensorView<T, 3> x, In<T, 2> shift, In<T, 2> scale,
+                       In<T, 2> gate, Buffers& buffers) const {
+  const Index rows = x.extent(0) * x.extent(1), width = config_.width, most = buffers.hidden.extent(1);
+  const TensorView<T, 3> modulated(buffers.modulated.data(), x.extents);
+  layer_norm<T>(rt, x, {.eps = norm_eps, .scale = scale, .shift = shift}, modulated);
+  for (Index begin = 0; begin < rows; begin += most) {
+    const Index count = std::min(most, rows - begin);
+    const TensorView<T, 3> part(modulated.data + begin * width, {1, count, width});
+    const TensorView<T, 3> hidden(buffers.hidden.data(), {1, count, config_.mlp_width});
+    linear<T>(rt, part, mlp.fc1, hidden);
+    activate<T>(rt, Activation::gelu_tanh, hidden);
+    linear<T>(rt, hidden, mlp.fc2, part);
+  }
+  add_gated<T>(rt, x, gate, modulated);
+}
+
+template <class T>
+void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulations<T>& modulations,
+                       Index first_pair, std::span<const int> skip, TensorView<T, 4> v,
+                       const Observer<T>& observe) const {
+  const Index batch = x.extent(0), p = config_.patch, width = config_.width;
+  const Index rows = x.extent(2) / p, columns = x.extent(3) / p, image = rows * columns;
+  const Index text = context.extent(1), all = text + image;
+  if (x.extent(1) != config_.in_channels || x.extent(2) % p != 0 || x.extent(3) % p != 0 || image == 0)
+    throw std::runtime_error("latent: expected " + std::to_string(config_.in_channels) +
+                             " channels and multiples of " + std::to_string(p) + ", got " +
+                             to_string({x.extent(1), x.extent(2), x.extent(3)}));
+  if (rows > config_.position_grid || columns > config_.position_grid)
+    throw std::runtime_error("latent: the position table has " + std::to_string(config_.position_grid) +
+                             " x " + std::to_string(config_.position_grid) + " patches, got " +
+                             std::to_string(rows) + " x " + std::to_string(columns));
+  if (context.extent(0) != batch || context.extent(2) != width || text == 0 ||
+      first_pair + batch > modulations.layers.at(0).extent(1))
+    throw std::logic_error("context or modulations of another batch");
+  const auto show = [&](const std::string& name, const TensorView<const T, 3>& values) {
+    if (observe) observe(name, values);
+  };
+
+  Tensor<T> image_tokens = embed_patches(rt, x, observe);
+  Tensor<T> text_tokens({batch, text, width});
+  for (Index b = 0; b < batch; ++b)
+    for (Index row = 0; row < text; ++row)
+      std::copy_n(context.pointer(b, row), width, text_tokens.data() + (b * text + row) * width);
+  const TensorView<T, 3> X = image_tokens.template view<3>(), C = text_tokens.template view<3>();
+
+  Buffers buffers;
+  for (Tensor<T>* tensor : {&buffers.q, &buffers.k, &buffers.v, &buffers.attended, &buffers.modulated})
+    *tensor = Tensor<T>({batch, all, width});
+  buffers.joint = Tensor<T>({batch, image, width});
+  if (std::count(config_.dual.begin(), config_.dual.end(), true) > 0)
+    buffers.second = Tensor<T>({batch, image, width});
+  constexpr Index mlp_rows = 1024;
+  buffers.hidden = Tensor<T>({1, std::min(mlp_rows, batch * image), config_.mlp_width});
+
+  const TensorView<T, 3> q = buffers.q.template view<3>(), k = buffers.k.template view<3>();
+  const TensorView<T, 3> value = buffers.v.template view<3>(), attended = buffers.attended.template view<3>();
+  const TensorView<T, 3> modulated_image(buffers.modulated.data(), {batch, image, width});
+  const TensorView<T, 3> modulated_text(buffers.modulated.data(), {batch, text, width});
+  const auto front = [&](const TensorView<T, 3>& view) { return slice<1>(view, 0, text); };
+  const auto back = [&](const TensorView<T, 3>& view) { return slice<1>(view, text, image); };
+
+  for (Index i = 0; i < config_.depth; ++i) {
+    if (std::find(skip.begin(), skip.end(), i) != skip.end()) continue;
+    const Block& block = blocks_[static_cast<std::size_t>(i)];
+    const bool last = !block.context_mlp.has_value();
+    const std::string name = "block" + std::to_string(i) + ".";
+    const auto chunk = [&](bool of_text, Index index) {
+      return modulations.chunk(static_cast<std::size_t>(2 * i + of_text), index, first_pair, batch, width);
+    };
+    const auto modulate = [&](bool of_text, Index first, const TensorView<T, 3>& tokens,
+                              const TensorView<T, 3>& out) {
+      layer_norm<T>(rt, tokens,
+                    {.eps = norm_eps, .scale = chunk(of_text, first + 1), .shift = chunk(of_text, first)},
+                    out);
+    };
+
+    if (block.second) {
+      // Runs before X changes: it reads the same LN(X) as the joint attention.
+      modulate(false, 6, X, modulated_image);
+      project(rt, block.second->image, modulated_image, back(q), back(k), back(value));
+      attend(rt, name + "attn2", *block.second, back(q), back(k), back(value), 0, 0, rows, columns,
+             back(attended));
+      show(name + "attn2", back(attended));
+      linear<T>(rt, back(attended), *block.second->image.proj, buffers.second.template view<3>());
+    }
+
+    // The last block drops its text: nobody reads the attention of its text queries.
+    const Index queries = last && !observe ? 0 : text;
+    modulate(true, 0, C, modulated_text);
+    project(rt, block.context, modulated_text, slice<1>(q, 0, queries), front(k), front(value));
+    modulate(false, 0, X, modulated_image);
+    project(rt, block.joint.image, modulated_image, back(q), back(k), back(value));
+    show(name + "joint_q", q);
+    show(name + "joint_k", k);
+    attend(rt, name + "attn", block.joint, slice<1>(q, text - queries, queries + image), k, value, queries,
+           text, rows, columns, slice<1>(attended, text - queries, queries + image));
+    show(name + "joint_attn", attended);
+
+    linear<T>(rt, back(attended), *block.joint.image.proj, buffers.joint.template view<3>());
+    add_gated<T>(rt, X, chunk(false, 2), buffers.joint.template view<3>());
+    if (block.second) add_gated<T>(rt, X, chunk(false, 8), buffers.second.template view<3>());
+    add_mlp(rt, block.image_mlp, X, chunk(false, 3), chunk(false, 4), chunk(false, 5), buffers);
+    if (!last) {
+      linear<T>(rt, front(attended), *block.context.proj, modulated_text);
+      add_gated<T>(rt, C, chunk(true, 2), modulated_text);
+      add_mlp(rt, *block.context_mlp, C, chunk(true, 3), chunk(true, 4), chunk(true, 5), buffers);
+      show(name + "context", C);
+    }
+    show(name + "x", X);
+  }
+
+  const std::size_t final = modulations.layers.size() - 1;
+  layer_norm<T>(rt, X,
+                {.eps = norm_eps,
+                 .scale = modulations.chunk(final, 1, first_pair, batch, width),
+                 .shift = modulations.chunk(final, 0, first_pair, batch, width)},
+                modulated_image);
+  const Tensor<T> patches = linear<T>(rt, modulated_image, final_);
+  show("final_layer", patches.template view<3>());
+
+  // Element (i p + j) channels + ch of token (r, s) is v[ch, r p + i, s p + j]: the channel last, unlike the
+  // order that patches come in.
+  const Index channels = config_.out_channels;
+  rt.parallel_rows(batch * rows, columns * channels * p * p, [&](Index begin, Index end) {
+    for (Index row = begin; row < end; ++row) {
+      const T* in = patches.data() + row * columns * channels * p * p;
+      for (Index s = 0; s < columns; ++s)
+        for (Index a = 0; a < p; ++a)
+          for (Index b = 0; b < p; ++b)
+            for (Index ch = 0; ch < channels; ++ch) v(row / rows, ch, row % rows * p + a, s * p + b) = *in++;
+    }
+  });
+}
+
+template class Mmdit<float>;
+template class Mmdit<double>;
+
+}  // namespace sd35
