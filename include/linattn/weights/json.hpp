@@ -105,6 +105,8 @@ class StrictJsonBuilder {
 template <class Json>
 [[nodiscard]] std::string parse_json(std::string_view text, Json& out, const JsonLimits& limits = {}) {
   out = nullptr;
+  // nlohmann's lexer takes a NUL for the end of the text, whatever follows it.
+  if (text.find('\0') != std::string_view::npos) return "holds a NUL byte";
   detail::StrictJsonBuilder<Json> builder(out, limits);
   const bool good = Json::sax_parse(text.begin(), text.end(), &builder);
   if (!good) out = nullptr;
