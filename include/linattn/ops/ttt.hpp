@@ -25,7 +25,7 @@
 //           tiles of 64 within chunks of 512 tokens, chunks added in order, so results are bitwise equal for
 //           any number of workers. Relative L2 error against double on the same inputs: float below 2e-6
 //           (5e-7 measured at w ~ d^-1/2), f16 storage 5e-4, bf16 5e-3.
-// Errors    empty (an axis), shape, stride, null_data, option (eps not positive, a grid that does not fit the
+// Errors    empty (an axis), shape, stride, null_data, option (eps negative, a rate or a scale that is not finite, a grid that does not fit the
 //           tokens), alias (out starts where q, k or v does), workspace. out must not overlap q, k, v or a
 //           weight, and fast weights nothing else.
 // Source    Transformer-to-TTT, `TTTAttention` of T5 and DiT5.
@@ -155,8 +155,7 @@ template <class Model, class C>
 // k and v, and what the prologue does to k.
 template <class T, class W>
 [[nodiscard]] constexpr Status check_ttt_keys(const TensorView<const T, 4>& k,
-                                              const TensorView<const T, 4>& v,
-                                              const TttPrologue<W>& prologue) {
+                                              const TensorView<const T, 4>& v, const TttOptions<W>& options) {
   const Status first = first_failure(
       expect_positive(k.extent(0), "k, batch"), expect_positive(k.extent(1), "k, tokens"),
       expect_positive(k.extent(2), "k, heads"), expect_positive(k.extent(3), "k, channels"),
@@ -165,8 +164,12 @@ template <class T, class W>
       expect_equal(k.extent(3), v.extent(3), "v, channels"), expect_view(k, "k", "k, channel stride"),
       expect_view(v, "v", "v, channel stride"));
   if (!first.ok()) return first;
-  if (prologue.key_norm && !(prologue.key_norm_eps > 0))
-    return fail(Code::option, "key_norm_eps (positive)", 1, static_cast<Index>(prologue.key_norm_eps));
+  const auto finite = [](double x) { return x - x == 0; };
+  if (!finite(options.inner_lr)) return fail(Code::option, "inner_lr (finite)", 1, 0);
+  if (!finite(options.scale.value_or(1))) return fail(Code::option, "scale (finite)", 1, 0);
+  const TttPrologue<W>& prologue = options.prologue;
+  if (prologue.key_norm && !(prologue.key_norm_eps >= 0))
+    return fail(Code::option, "key_norm_eps (not negative)", 0, -1);
   return check_ttt_conv(Side::k, prologue.k_conv, prologue.k_conv_bias, prologue.grid,
                         k.extent(2) * k.extent(3), k.extent(1));
 }
@@ -194,7 +197,7 @@ template <class Model, class T, class W>
                                                 const TensorView<const T, 4>& v, const TttWeights<W>& weights,
                                                 const FastWeights<Compute<T>>& fast_weights,
                                                 const TttOptions<W>& options) {
-  const Status first = check_ttt_keys(k, v, options.prologue);
+  const Status first = check_ttt_keys(k, v, options);
   if (!first.ok()) return first;
   return first_failure(check_ttt_weights<Model>(weights, k.extent(2), k.extent(3)),
                        check_fast_weights<Model>(fast_weights, k.extent(0), k.extent(2), k.extent(3)));
@@ -214,7 +217,7 @@ template <class Model, class T, class W>
                                          const TensorView<const T, 4>& v, const TttWeights<W>& weights,
                                          const TensorView<T, 4>& out, const TttOptions<W>& options) {
   const Status first = first_failure(
-      check_ttt_queries(q, out, options.prologue), check_ttt_keys(k, v, options.prologue),
+      check_ttt_queries(q, out, options.prologue), check_ttt_keys(k, v, options),
       expect_equal(q.extent(0), k.extent(0), "k, batch"), expect_equal(q.extent(2), k.extent(2), "k, heads"),
       expect_equal(q.extent(3), k.extent(3), "k, channels"));
   if (!first.ok()) return first;

@@ -96,9 +96,13 @@ struct SwiGlu {
   }
 };
 
+namespace detail {
+
 // Matrices of a model: those that read x, then the output matrix.
 template <InnerModel M>
 inline constexpr int matrices = M::projections + (M::has_output ? 1 : 0);
+
+}  // namespace detail
 
 // An inner loss states dl/dy for one element, without the factor scale / N that all elements share.
 template <class L>
