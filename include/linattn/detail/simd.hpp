@@ -198,6 +198,15 @@ LINATTN_INLINE void store_partial(S* p, Pack<C> value, int count) {
   for (int i = 0; i < count; ++i) p[i] = convert<S>(wide[i]);
 }
 
+// Asks for the cache line at p to come into the second-level cache. Only a hint: p need not be valid.
+LINATTN_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
 // ---- elementary functions, for a scalar or a pack ----
 
 [[nodiscard]] LINATTN_INLINE float exp(float x) { return std::exp(x); }
