@@ -313,6 +313,7 @@ Weight Checkpoint::load(std::string_view tensor, const std::vector<Index>& expec
       found->dtype != Dtype::f64)
     fail(tensor, "expected F32, F16, BF16 or F64, got " + linattn::describe(*found));
 
+  if (on_load) on_load(found->name);
   Weight weight{found->name, found->dtype, found->shape, found->bytes.data(), files_};
   const bool swapped = swapped_halves(tensor);
   if (swapped || reinterpret_cast<std::uintptr_t>(weight.data) % linattn::size_of(weight.dtype) != 0)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -63,6 +64,9 @@ class Checkpoint {
   [[nodiscard]] LinearWeights<T> linear_without_bias(const std::string& module, Index out, Index in) const {
     return {matrix(module + ".weight", out, in), {}};
   }
+
+  // Called with the file's own name of each tensor that is loaded, to account for those that nobody wants.
+  std::function<void(const std::string& tensor)> on_load;
 
   // Tensors as the file names them, without the prefix of the component.
   [[nodiscard]] std::vector<std::string> stored_names() const;

@@ -4,17 +4,13 @@
 #include <stdexcept>
 
 namespace sd35 {
-namespace {
-
-Activation activation_of(const Checkpoint& checkpoint, const std::string& name) {
-  if (name == "quick_gelu") return Activation::quick_gelu;
-  if (name == "gelu") return Activation::gelu_erf;
-  if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
-  throw std::runtime_error(checkpoint.path().string() + ": config.json: hidden_act '" + name +
+Activation clip_activation(std::string_view hidden_act) {
+  if (hidden_act == "quick_gelu") return Activation::quick_gelu;
+  if (hidden_act == "gelu") return Activation::gelu_erf;
+  if (hidden_act == "gelu_new" || hidden_act == "gelu_pytorch_tanh") return Activation::gelu_tanh;
+  throw std::runtime_error("CLIP text model: hidden_act '" + std::string(hidden_act) +
                            "' is not supported (quick_gelu, gelu, gelu_new)");
 }
-
-}  // namespace
 
 ClipConfig ClipConfig::of(const Checkpoint& checkpoint, Component component) {
   const bool large = component == Component::clip_l;
@@ -34,8 +30,8 @@ ClipConfig ClipConfig::of(const Checkpoint& checkpoint, Component component) {
                              " channels in " + std::to_string(config.heads) + " heads and " +
                              std::to_string(config.layers) +
                              " layers are no CLIP text model (a small model needs its config.json)");
-  config.activation = activation_of(
-      checkpoint, checkpoint.config_value<std::string>("hidden_act", large ? "quick_gelu" : "gelu"));
+  config.activation =
+      clip_activation(checkpoint.config_value<std::string>("hidden_act", large ? "quick_gelu" : "gelu"));
   config.eps = checkpoint.config_value("layer_norm_eps", 1e-5);
   // 2 is what old configurations say, whatever the vocabulary; the largest id is meant.
   const Index eos = checkpoint.config_value<Index>("eos_token_id", 2);

@@ -5,6 +5,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "checkpoint.hpp"
@@ -12,6 +13,9 @@
 #include "runtime.hpp"
 
 namespace sd35 {
+
+// The activation that config.json calls `hidden_act`. Throws where it is none of CLIP's.
+[[nodiscard]] Activation clip_activation(std::string_view hidden_act);
 
 struct ClipConfig {
   Index layers = 0, width = 0, heads = 0, vocabulary = 0, positions = 0;

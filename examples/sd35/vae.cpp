@@ -174,13 +174,21 @@ typename VaeDecoder<T>::Conv load_conv(const Checkpoint& checkpoint, const std::
 
 }  // namespace
 
+VaeConfig VaeConfig::of(const Checkpoint& checkpoint) {
+  VaeConfig config;
+  config.groups = checkpoint.config_value("norm_num_groups", config.groups);
+  config.scaling = checkpoint.config_value("scaling_factor", config.scaling);
+  config.shift = checkpoint.config_value("shift_factor", config.shift);
+  return config;
+}
+
 template <class T>
 typename VaeDecoder<T>::Norm VaeDecoder<T>::load_norm(const Checkpoint& checkpoint, const std::string& name,
                                                       Index channels) const {
-  if (groups_ < 1 || channels % groups_ != 0)
+  if (config_.groups < 1 || channels % config_.groups != 0)
     throw std::runtime_error(checkpoint.path().string() + ": tensor '" + name +
                              ".weight': " + std::to_string(channels) + " channels do not divide into " +
-                             std::to_string(groups_) + " groups");
+                             std::to_string(config_.groups) + " groups");
   return {checkpoint.vector<T>(name + ".weight", channels), checkpoint.vector<T>(name + ".bias", channels)};
 }
 
@@ -198,15 +206,11 @@ typename VaeDecoder<T>::ResBlock VaeDecoder<T>::load_block(const Checkpoint& che
 }
 
 template <class T>
-VaeDecoder<T>::VaeDecoder(const Checkpoint& checkpoint) {
+VaeDecoder<T>::VaeDecoder(const Checkpoint& checkpoint, const VaeConfig& config) : config_(config) {
   if (checkpoint.has("post_quant_conv.weight"))
     throw std::runtime_error(
         checkpoint.path().string() +
         ": tensor 'post_quant_conv.weight': this is the VAE of another model, SD3.5's has none");
-  groups_ = checkpoint.config_value<Index>("norm_num_groups", 32);
-  scaling_ = checkpoint.config_value("scaling_factor", 1.5305);
-  shift_ = checkpoint.config_value("shift_factor", 0.0609);
-
   conv_in_ = load_conv<T>(checkpoint, "decoder.conv_in", Checkpoint::any, Checkpoint::any);
   Index channels = conv_in_.weights.out();
   mid1_ = load_block(checkpoint, "decoder.mid.block_1.", channels);
@@ -249,20 +253,20 @@ template <class T>
 Tensor<T> VaeDecoder<T>::norm_terms(const Runtime& rt, const Image& x, const Norm& norm) const {
   constexpr Index part = 512;  // rows whose moments are summed at once
   const Index channels = x.channels(), rows = x.values.extent(1), parts = (rows + part - 1) / part;
-  std::vector<Moments> moments(static_cast<std::size_t>(x.batch() * parts * groups_));
+  std::vector<Moments> moments(static_cast<std::size_t>(x.batch() * parts * config_.groups));
   rt.parallel(x.batch() * parts, [&](Index task) {
     const Index b = task / parts, begin = task % parts * part;
     group_moments(x.values.data() + (b * rows + begin) * channels, std::min(part, rows - begin), channels,
-                  groups_, moments.data() + task * groups_);
+                  config_.groups, moments.data() + task * config_.groups);
   });
   Tensor<T> terms({x.batch(), 3, channels});
   for (Index b = 0; b < x.batch(); ++b)
-    for (Index g = 0; g < groups_; ++g) {
+    for (Index g = 0; g < config_.groups; ++g) {
       Moments all;
       for (Index p = 0; p < parts; ++p)
-        all.merge(moments[static_cast<std::size_t>((b * parts + p) * groups_ + g)]);
+        all.merge(moments[static_cast<std::size_t>((b * parts + p) * config_.groups + g)]);
       const double inverse = 1 / std::sqrt(all.squares / all.count + 1e-6);
-      const Index width = channels / groups_;
+      const Index width = channels / config_.groups;
       for (Index c = g * width; c < (g + 1) * width; ++c) {
         const auto at = static_cast<std::size_t>(c);
         T* const term = terms.data() + b * 3 * channels + c;
@@ -330,7 +334,7 @@ Tensor<T> VaeDecoder<T>::decode(Runtime& rt, const TensorView<const T, 4>& laten
       for (Index i = 0; i < width; ++i)
         for (Index c = 0; c < latent_channels(); ++c)
           x.view()(b, y * width + i, c) =
-              latent(b, c, y, i) / static_cast<T>(scaling_) + static_cast<T>(shift_);
+              latent(b, c, y, i) / static_cast<T>(config_.scaling) + static_cast<T>(config_.shift);
   show("z", x);
 
   const auto replace_by_conv = [&](const Conv& conv, const ConvInput<T>& input) {

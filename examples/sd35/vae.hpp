@@ -11,6 +11,14 @@
 
 namespace sd35 {
 
+struct VaeConfig {
+  Index groups = 32;  // of the group norms
+  double scaling = 1.5305, shift = 0.0609;
+
+  // From config.json, where there is one.
+  [[nodiscard]] static VaeConfig of(const Checkpoint& checkpoint);
+};
+
 // conv_in; middle: residual block, attention, residual block; then a level at a time, coarsest first: residual
 // blocks and, but for the last, nearest x2 with a convolution; group norm, SiLU, conv_out. Sizes come from the
 // shapes; the factor between latent and picture is 2^(levels - 1).
@@ -23,7 +31,7 @@ namespace sd35 {
 template <class T>
 class VaeDecoder {
  public:
-  explicit VaeDecoder(const Checkpoint& checkpoint);
+  VaeDecoder(const Checkpoint& checkpoint, const VaeConfig& config);
 
   [[nodiscard]] Index latent_channels() const { return conv_in_.in; }
   // Pixels a latent position, along either axis.
@@ -73,8 +81,7 @@ class VaeDecoder {
   void apply_block(Runtime& rt, const ResBlock& block, Image& x) const;
   void apply_attention(Runtime& rt, Image& x) const;
 
-  Index groups_ = 32;
-  double scaling_ = 1.5305, shift_ = 0.0609;
+  VaeConfig config_;
   Conv conv_in_, conv_out_;
   ResBlock mid1_, mid2_;
   Norm attention_norm_;
