@@ -63,7 +63,7 @@ void run_clip(Case& c) {
   const bool large = c.meta("module", "").find("ClipG") == std::string::npos;
   const auto component = large ? sd35::Component::clip_l : sd35::Component::clip_g;
   const sd35::Checkpoint checkpoint = golden::open_parameters(c, component);
-  const nlohmann::json json = golden::config_of(c);
+  const nlohmann::json json = golden::config_of(c, checkpoint);
   sd35::ClipConfig config = sd35::ClipConfig::of(checkpoint, component);
   config.heads = golden::config_index(json, "num_attention_heads", config.heads);
   const std::string activation = json.value("hidden_act", large ? "quick_gelu" : "gelu");

@@ -33,7 +33,7 @@ golden::Tensor channels_first(const TensorView<const T, 3>& values, const golden
 template <class T>
 void run(Case& c) {
   const sd35::Checkpoint checkpoint = golden::open_parameters(c, sd35::Component::vae);
-  const nlohmann::json json = golden::config_of(c);
+  const nlohmann::json json = golden::config_of(c, checkpoint);
   sd35::VaeConfig config = sd35::VaeConfig::of(checkpoint);
   config.groups = golden::config_index(json, "norm_num_groups", config.groups);
   config.scaling = json.value("scaling_factor", config.scaling);
