@@ -1,7 +1,6 @@
 // clip_text and t5_encoder: token ids in, features and layers out. Tensors come in sets, `in.tokens77` with
 // `out.hidden77` and `mid77.block0`; the suffix may be empty.
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -62,10 +61,11 @@ template <class T>
 void run_clip(Case& c) {
   const bool large = c.meta("module", "").find("ClipG") == std::string::npos;
   const auto component = large ? sd35::Component::clip_l : sd35::Component::clip_g;
-  const sd35::Checkpoint checkpoint = golden::open_parameters(c, component);
-  const nlohmann::json json = golden::config_of(c, checkpoint);
+  const golden::Parameters parameters(c);
+  const sd35::Checkpoint checkpoint = golden::open_checkpoint(c, parameters, component);
+  const nlohmann::json json = parameters.config();
   sd35::ClipConfig config = sd35::ClipConfig::of(checkpoint, component);
-  config.heads = golden::config_index(json, "num_attention_heads", config.heads);
+  config.heads = json.value("num_attention_heads", config.heads);
   const std::string activation = json.value("hidden_act", large ? "quick_gelu" : "gelu");
   config.activation = sd35::clip_activation(activation);
   const sd35::ClipText<T> model(checkpoint, config);
@@ -84,7 +84,8 @@ void run_clip(Case& c) {
 
 template <class T>
 void run_t5(Case& c) {
-  const sd35::T5Encoder<T> model(golden::open_parameters(c, sd35::Component::t5));
+  const golden::Parameters parameters(c);
+  const sd35::T5Encoder<T> model(golden::open_checkpoint(c, parameters, sd35::Component::t5));
   sd35::Runtime rt;
   for (const Tokens& set : token_sets(c)) {
     const Results<T> results{c, set.suffix};

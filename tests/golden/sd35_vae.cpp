@@ -32,10 +32,11 @@ golden::Tensor channels_first(const TensorView<const T, 3>& values, const golden
 
 template <class T>
 void run(Case& c) {
-  const sd35::Checkpoint checkpoint = golden::open_parameters(c, sd35::Component::vae);
-  const nlohmann::json json = golden::config_of(c, checkpoint);
+  const golden::Parameters parameters(c);
+  const sd35::Checkpoint checkpoint = golden::open_checkpoint(c, parameters, sd35::Component::vae);
+  const nlohmann::json json = parameters.config();
   sd35::VaeConfig config = sd35::VaeConfig::of(checkpoint);
-  config.groups = golden::config_index(json, "norm_num_groups", config.groups);
+  config.groups = json.value("norm_num_groups", config.groups);
   config.scaling = json.value("scaling_factor", config.scaling);
   config.shift = json.value("shift_factor", config.shift);
   const sd35::VaeDecoder<T> model(checkpoint, config);
