@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include <linattn/core/context.hpp>
 #include <linattn/core/dtype.hpp>
@@ -60,6 +61,16 @@ struct TttShape {
   [[nodiscard]] constexpr Index tile_panel() const { return ttt_tile * Tile<C>::columns; }
   [[nodiscard]] constexpr Index tile() const { return ttt_tile * width; }
   [[nodiscard]] constexpr Index derivatives() const { return projections * tile(); }
+  // Rows to prefetch at each register tile, so that those of a tile of tokens are asked for in one pass over it:
+  // of keys (two or three products) and of queries (one or two).
+  [[nodiscard]] constexpr Index key_burst() const {
+    constexpr Index rows = Tile<C>::rows;
+    const Index calls = (in_panels + out_panels) * (ttt_tile / rows + head_dim / rows);
+    return ttt_tile / std::max<Index>(calls, 1) + 1;
+  }
+  [[nodiscard]] constexpr Index query_burst() const {
+    return ttt_tile / ((in_panels + out_panels) * (ttt_tile / Tile<C>::rows)) + 1;
+  }
 };
 
 // ---- weights in panels ----
@@ -113,12 +124,60 @@ void unpack_matrix(const C* panels, Index first, Index step, const TensorView<C,
 
 // ---- tokens into tiles ----
 
+// Asks for the rows of tokens that the next tiles read or write, a few at each register tile of the products, so
+// that memory works while they multiply. Rows of one head lie far apart, and no hardware follows them.
+class Ahead {
+ public:
+  // The rows of the tile that begins at `token` of `tokens`, `burst` of them at a time.
+  template <class T>
+  [[nodiscard]] static Ahead rows(const T* data, Index step, Index token, Index tokens, Index channels,
+                                  Index burst) {
+    Ahead ahead;
+    if (token >= tokens) return ahead;
+    ahead.at_ = reinterpret_cast<const char*>(data + token * step);
+    ahead.step_ = step * Index{sizeof(T)};
+    ahead.rows_ = std::min(ttt_tile, tokens - token);
+    ahead.bytes_ = channels * Index{sizeof(T)};
+    ahead.burst_ = burst;
+    return ahead;
+  }
+
+  template <bool Write>
+  LINATTN_INLINE void advance() {
+#if defined(__GNUC__)
+    const Index count = std::min(burst_, rows_);
+    for (Index r = 0; r < count; ++r, at_ += step_)
+      for (const char* line = at_ - (reinterpret_cast<std::uintptr_t>(at_) & 63); line < at_ + bytes_;
+           line += 64)
+        __builtin_prefetch(line, Write ? 1 : 0, 2);
+    rows_ -= count;
+#endif
+  }
+
+ private:
+  const char* at_ = nullptr;
+  Index step_ = 0, rows_ = 0, bytes_ = 0, burst_ = 0;
+};
+
+// What is read next, from two places, and what is written.
+struct Prefetch {
+  Ahead first, second, written;
+
+  LINATTN_INLINE void advance() {
+    first.template advance<false>();
+    second.template advance<false>();
+    written.template advance<true>();
+  }
+};
+
 // Reads the tokens of one head, as the prologue makes them: normalised if there are statistics, convolved on the
-// grid if there are taps.
+// grid if there are taps. For the conv the grid's tokens, normalised and with a border of zeros around the grid,
+// go through a stage that moves along with the tiles, so each is read and normalised once a chunk.
 template <class C, class T>
 struct TokenReader {
   const T* data = nullptr;
   Index step = 0;
+  Index tokens = 0;
   Index head_dim = 0;
   Index width = 0;  // row length of what is written
   const C* shift = nullptr;
@@ -126,19 +185,28 @@ struct TokenReader {
   const C* scale = nullptr;
   const ConvTaps<C>* taps = nullptr;
   TokenGrid grid{};
-  C* stage = nullptr;     // normalised rows of the grid, those that the conv of a chunk reads
-  Index stage_first = 0;  // the grid's token in the first of them
-  Index stage_end = 0;    // one beyond the last of them
+  C* stage = nullptr;
+  Index stage_first =
+      0;  // place in the grid with its border, [height + 2][width + 2], of the stage's first row
+  Index stage_end = 0;  // one beyond its last row
 
-  // Rows that the stage must hold: a chunk, and the row of the grid and one token on either side.
+  // Rows that the stage must hold: a chunk with its borders, and a row and a token of the grid on either side.
   [[nodiscard]] static constexpr Index stage_rows(const TokenGrid& grid) {
-    return std::min(grid.tokens(), ttt_chunk + 2 * (grid.width + 1));
+    const Index row = grid.width + 2;
+    const Index crossed = (ttt_chunk - 1 + grid.width - 1) / std::max<Index>(grid.width, 1);
+    return std::min((grid.height + 2) * row, ttt_chunk + 2 * crossed + 2 * row + 2);
   }
 
   // Says that the next tiles begin at token `first` and go on from there, at most a chunk.
   void begin_chunk(Index first) {
-    stage_first = std::clamp<Index>(first - grid.offset - grid.width - 1, 0, grid.tokens());
+    stage_first = place(std::clamp<Index>(first - grid.offset, 0, grid.tokens())) - (grid.width + 2) - 1;
     stage_end = stage_first;
+  }
+
+  // The rows of memory that the tile at `token` will read first, to be asked for in bursts.
+  [[nodiscard]] Ahead ahead(Index token, Index burst) const {
+    const Index next = taps == nullptr ? token : token + grid.width + 1;
+    return Ahead::rows(data, step, next, tokens, head_dim, burst);
   }
 
   // Tokens [first, first + count) to rows of `width` channels, those beyond the head zero.
@@ -147,34 +215,69 @@ struct TokenReader {
     const Index begin = std::clamp(grid.offset, first, first + count);
     const Index end = std::clamp(grid.offset + grid.tokens(), begin, first + count);
     if (first < begin) read_rows(first, begin - first, rows);
-    if (begin < end) convolve(begin - grid.offset, end - begin, rows + (begin - first) * width);
+    if (begin < end) {
+      fill_stage(place(end - 1 - grid.offset) + (grid.width + 2) + 2);
+      convolve(begin - grid.offset, end - begin, rows + (begin - first) * width);
+    }
     if (end < first + count) read_rows(end, first + count - end, rows + (end - first) * width);
   }
 
  private:
+  // Where a token of the grid lies in the grid with its border.
+  [[nodiscard]] Index place(Index token) const {
+    return grid.width == 0 ? 0 : (token / grid.width + 1) * (grid.width + 2) + token % grid.width + 1;
+  }
+
   LINATTN_NOINLINE void read_rows(Index first, Index count, C* rows) const {
     const T* x = data + first * step;
     for (Index r = 0; r < count; ++r, x += step, rows += width) {
-      for_each_pack<C>(0, head_dim, [&](Index c, auto lanes) {
-        Pack<C> value = lanes.load(x + c);
-        if (scale != nullptr)
-          value = normalize(value, lanes.load(shift + c), lanes.load(delta + c), lanes.load(scale + c));
-        value.store(rows + c);
-      });
+      if (scale == nullptr) {
+        for_each_pack<C>(0, head_dim, [&](Index c, auto lanes) { lanes.load(x + c).store(rows + c); });
+      } else {
+        for_each_pack<C>(0, head_dim, [&](Index c, auto lanes) {
+          normalize(lanes.load(x + c), lanes.load(shift + c), lanes.load(delta + c), lanes.load(scale + c))
+              .store(rows + c);
+        });
+      }
     }
   }
 
-  LINATTN_NOINLINE void convolve(Index first, Index count, C* rows) {
-    const Index needed = std::min(first + count + grid.width + 1, grid.tokens());
-    if (stage_end < needed) {
-      read_rows(grid.offset + stage_end, needed - stage_end, stage + (stage_end - stage_first) * width);
-      stage_end = needed;
+  void fill_stage(Index end) {
+    const Index row = grid.width + 2;
+    while (stage_end < end) {
+      const Index y = stage_end / row - 1, x = stage_end % row - 1;
+      const bool inside = y >= 0 && y < grid.height && x >= 0 && x < grid.width;
+      const Index count = inside ? std::min(end - stage_end, grid.width - x) : 1;
+      C* const to = stage + (stage_end - stage_first) * width;
+      if (inside) {
+        read_rows(grid.offset + y * grid.width + x, count, to);
+      } else {
+        std::fill_n(to, width, C(0));
+      }
+      stage_end += count;
     }
-    for (Index c = 0; c < head_dim; c += Pack<C>::size) {
-      conv_tokens<C>(
-          grid, first, count, taps[c / Pack<C>::size], true,
-          [&](Index token) { return Pack<C>::load(stage + (token - stage_first) * width + c); },
-          [&](Index token, Pack<C> y) { y.store(rows + (token - first) * width + c); });
+  }
+
+  LINATTN_NOINLINE void convolve(Index first, Index count, C* rows) const {
+    using P = Pack<C>;
+    const Index below = (grid.width + 2) * width;
+    for (Index c = 0; c < head_dim; c += P::size) {
+      const ConvTaps<C>& from = taps[c / P::size];
+      const P bias = from.bias;
+      P weight[9];
+      unroll<9>([&](auto i) LINATTN_INLINE_LAMBDA { weight[i] = from.weight[i]; });
+      C* to = rows + c;
+      for (Index token = first; token < first + count;) {
+        const C* x = stage + (place(token) - stage_first) * width + c;
+        const Index row_end = std::min((token / grid.width + 1) * grid.width, first + count);
+        for (; token < row_end; ++token, x += width, to += width)
+          conv_output<C>(
+              bias, [&](int tap) LINATTN_INLINE_LAMBDA { return weight[tap]; },
+              [&](int i, int j)
+                  LINATTN_INLINE_LAMBDA { return P::load(x + (i - 1) * below + (j - 1) * width); },
+              true)
+              .store(to);
+      }
     }
   }
 };
@@ -209,23 +312,24 @@ LINATTN_NOINLINE void write_rows(const TttShape<C>& shape, const C* rows, Index 
 // A tile of tokens (or its transpose) by one panel, then epilogue(row, sum0, sum1) for each row.
 template <class C, class Epilogue>
 LINATTN_INLINE void multiply_by_panel(const TttShape<C>& shape, const C* tile, Index tokens, const C* panel,
-                                      const Epilogue& epilogue) {
+                                      Prefetch& prefetch, const Epilogue& epilogue) {
   multiply_panel(
       tile, shape.width, Index{1}, tokens, panel, shape.head_dim,
       [&]<int R>(Index row, Pack<C>(&sums)[R][2]) LINATTN_INLINE_LAMBDA {
         unroll<R>([&](auto r) LINATTN_INLINE_LAMBDA { epilogue(row + r, sums[r][0], sums[r][1]); });
+        prefetch.advance();
       });
 }
 
 // z = x W_in, then a = activation(z) to rows and its derivatives, in the layout of W_in, to panels.
 template <class Model, class C>
 LINATTN_NOINLINE void differentiate(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in,
-                                    C* activation, C* derivatives) {
+                                    C* activation, C* derivatives, Prefetch& prefetch) {
   using P = Pack<C>;
   for (Index p = 0; p < shape.in_panels; ++p) {
     C* const to = derivatives + p * shape.tile_panel();
     C* const values = activation + p * Tile<C>::columns / Model::projections;
-    multiply_by_panel(shape, x, tokens, w_in + p * shape.panel(),
+    multiply_by_panel(shape, x, tokens, w_in + p * shape.panel(), prefetch,
                       [&](Index row, P z1, P z2) LINATTN_INLINE_LAMBDA {
                         C* const d = to + row * Tile<C>::columns;
                         C* const a = values + row * shape.width;
@@ -249,11 +353,11 @@ LINATTN_NOINLINE void differentiate(const TttShape<C>& shape, const C* x, Index 
 // The same without derivatives.
 template <class Model, class C>
 LINATTN_NOINLINE void activate(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in,
-                               C* activation) {
+                               C* activation, Prefetch& prefetch) {
   using P = Pack<C>;
   for (Index p = 0; p < shape.in_panels; ++p) {
     C* const values = activation + p * Tile<C>::columns / Model::projections;
-    multiply_by_panel(shape, x, tokens, w_in + p * shape.panel(),
+    multiply_by_panel(shape, x, tokens, w_in + p * shape.panel(), prefetch,
                       [&](Index row, P z1, P z2) LINATTN_INLINE_LAMBDA {
                         C* const a = values + row * shape.width;
                         if constexpr (Model::projections == 2) {
@@ -268,10 +372,11 @@ LINATTN_NOINLINE void activate(const TttShape<C>& shape, const C* x, Index token
 
 // y = a W, rows by the panels of one matrix.
 template <class C>
-LINATTN_NOINLINE void multiply_rows(const TttShape<C>& shape, const C* a, Index tokens, const C* w, C* y) {
+LINATTN_NOINLINE void multiply_rows(const TttShape<C>& shape, const C* a, Index tokens, const C* w, C* y,
+                                    Prefetch& prefetch) {
   using P = Pack<C>;
   for (Index p = 0; p < shape.panels(); ++p)
-    multiply_by_panel(shape, a, tokens, w + p * shape.panel(),
+    multiply_by_panel(shape, a, tokens, w + p * shape.panel(), prefetch,
                       [&](Index row, P y1, P y2) LINATTN_INLINE_LAMBDA {
                         C* const to = y + row * shape.width + p * Tile<C>::columns;
                         y1.store(to);
@@ -282,10 +387,10 @@ LINATTN_NOINLINE void multiply_rows(const TttShape<C>& shape, const C* a, Index 
 // y = a W and at once the error of y, whose target the rows hold.
 template <class Loss, class C>
 LINATTN_NOINLINE void predict_errors(const TttShape<C>& shape, const C* a, Index tokens, const C* w, C* rows,
-                                     C* panels) {
+                                     C* panels, Prefetch& prefetch) {
   using P = Pack<C>;
   for (Index p = 0; p < shape.panels(); ++p)
-    multiply_by_panel(shape, a, tokens, w + p * shape.panel(),
+    multiply_by_panel(shape, a, tokens, w + p * shape.panel(), prefetch,
                       [&](Index row, P y1, P y2) LINATTN_INLINE_LAMBDA {
                         C* const target = rows + row * shape.width + p * Tile<C>::columns;
                         C* const to = panels + p * shape.tile_panel() + row * Tile<C>::columns;
@@ -301,12 +406,12 @@ LINATTN_NOINLINE void predict_errors(const TttShape<C>& shape, const C* a, Index
 // D = E W_out^T, and at once D times the derivatives, in place: what K^T multiplies.
 template <int Projections, class C>
 LINATTN_NOINLINE void backpropagate(const TttShape<C>& shape, const C* errors, Index tokens,
-                                    const C* w_out_transposed, C* derivatives) {
+                                    const C* w_out_transposed, C* derivatives, Prefetch& prefetch) {
   using P = Pack<C>;
   const auto multiply = [](C* at, P by) LINATTN_INLINE_LAMBDA { (P::load(at) * by).store(at); };
   for (Index p = 0; p < shape.panels(); ++p) {
     C* const panel = derivatives + p * Projections * shape.tile_panel();
-    multiply_by_panel(shape, errors, tokens, w_out_transposed + p * shape.panel(),
+    multiply_by_panel(shape, errors, tokens, w_out_transposed + p * shape.panel(), prefetch,
                       [&](Index row, P d1, P d2) LINATTN_INLINE_LAMBDA {
                         C* const at = panel + row * Tile<C>::columns;
                         if constexpr (Projections == 2) {
@@ -326,10 +431,15 @@ LINATTN_NOINLINE void backpropagate(const TttShape<C>& shape, const C* errors, I
 // G += X^T P: rows of a tile against panels of a tile.
 template <class C>
 LINATTN_NOINLINE void accumulate_gradient(const TttShape<C>& shape, const C* x, Index tokens, const C* panels,
-                                          Index count, C* gradient) {
-  for (Index p = 0; p < count; ++p)
+                                          Index count, C* gradient, Prefetch& prefetch) {
+  for (Index p = 0; p < count; ++p) {
+    const AddTile<C> add{gradient + p * shape.panel(), Tile<C>::columns};
     multiply_panel(x, Index{1}, shape.width, shape.head_dim, panels + p * shape.tile_panel(), tokens,
-                   AddTile<C>{gradient + p * shape.panel(), Tile<C>::columns});
+                   [&]<int R>(Index row, Pack<C>(&sums)[R][2]) LINATTN_INLINE_LAMBDA {
+                     add(row, sums);
+                     prefetch.advance();
+                   });
+  }
 }
 
 }  // namespace detail

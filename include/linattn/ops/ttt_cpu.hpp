@@ -136,6 +136,7 @@ template <class C, class T, class W>
   TokenReader<C, T> reader;
   reader.data = x.pointer(b, 0, h);
   reader.step = x.stride(1);
+  reader.tokens = x.extent(1);
   reader.head_dim = shape.head_dim;
   reader.width = shape.width;
   if (conv.extent(0) != 0) {
@@ -205,24 +206,27 @@ void chunk_gradient(const TttShape<C>& shape, TokenReader<C, T>& keys, const T* 
     const Index tokens = std::min(ttt_tile, end - t);
     keys.read(t, tokens, s.x);
     read_errors<Loss>(shape, v + t * v_step, v_step, tokens, s.rows, s.panels);
+    const Index next = t + tokens, burst = shape.key_burst();
+    Prefetch prefetch{
+        keys.ahead(next, burst), Ahead::rows(v, v_step, next, keys.tokens, shape.head_dim, burst), {}};
     if constexpr (Model::has_activation)
-      differentiate<Model>(shape, s.x, tokens, s.weights, s.activation, s.derivatives);
+      differentiate<Model>(shape, s.x, tokens, s.weights, s.activation, s.derivatives, prefetch);
     if constexpr (Loss::needs_prediction) {
       if constexpr (Model::has_output) {
-        predict_errors<Loss>(shape, s.activation, tokens, w_out, s.rows, s.panels);
+        predict_errors<Loss>(shape, s.activation, tokens, w_out, s.rows, s.panels, prefetch);
       } else {
         static_assert(!Model::has_activation, "a model without an output matrix predicts by its projection");
-        predict_errors<Loss>(shape, s.x, tokens, s.weights, s.rows, s.panels);
+        predict_errors<Loss>(shape, s.x, tokens, s.weights, s.rows, s.panels, prefetch);
       }
     }
     if constexpr (Model::has_output) {
-      backpropagate<Model::projections>(shape, s.rows, tokens, s.w_out_transposed, s.derivatives);
-      accumulate_gradient(shape, s.x, tokens, s.derivatives, shape.in_panels, gradient);
-      accumulate_gradient(shape, s.activation, tokens, s.panels, shape.out_panels,
-                          gradient + shape.in_size());
+      backpropagate<Model::projections>(shape, s.rows, tokens, s.w_out_transposed, s.derivatives, prefetch);
+      accumulate_gradient(shape, s.x, tokens, s.derivatives, shape.in_panels, gradient, prefetch);
+      accumulate_gradient(shape, s.activation, tokens, s.panels, shape.out_panels, gradient + shape.in_size(),
+                          prefetch);
     } else {
       static_assert(!Model::has_activation, "a gate without an output matrix has yet to be written");
-      accumulate_gradient(shape, s.x, tokens, s.panels, shape.in_panels, gradient);
+      accumulate_gradient(shape, s.x, tokens, s.panels, shape.in_panels, gradient, prefetch);
     }
   }
 }
@@ -242,12 +246,15 @@ void answer_queries(const TttShape<C>& shape, TokenReader<C, T>& queries, T* out
   for (Index t = first; t < end; t += ttt_tile) {
     const Index tokens = std::min(ttt_tile, end - t);
     queries.read(t, tokens, s.x);
-    if constexpr (Model::has_activation) activate<Model>(shape, s.x, tokens, fast, s.activation);
+    const Index next = t + tokens, burst = shape.query_burst();
+    Prefetch prefetch{
+        queries.ahead(next, burst), {}, Ahead::rows(out, out_step, t, end, shape.head_dim, burst)};
+    if constexpr (Model::has_activation) activate<Model>(shape, s.x, tokens, fast, s.activation, prefetch);
     if constexpr (Model::has_output) {
-      multiply_rows(shape, s.activation, tokens, fast + shape.in_size(), s.rows);
+      multiply_rows(shape, s.activation, tokens, fast + shape.in_size(), s.rows, prefetch);
     } else {
       static_assert(!Model::has_activation, "a gate without an output matrix has yet to be written");
-      multiply_rows(shape, s.x, tokens, fast, s.rows);
+      multiply_rows(shape, s.x, tokens, fast, s.rows, prefetch);
     }
     write_rows(shape, s.rows, tokens, out + t * out_step, out_step);
   }
