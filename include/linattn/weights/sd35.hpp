@@ -179,8 +179,7 @@ struct Sd35Model {
         block >= static_cast<Index>(file.tensors().size()))
       return detail::file_error(file.path(), "has no block number", info.name);
     model.depth = std::max(model.depth, block + 1);
-    const std::string dual = sd35_stem(model, {true, block}) + (official ? ".qkv.weight" : ".to_q.weight");
-    if (info.name == dual) model.dual_blocks.insert(block);
+    if (info.name.starts_with(sd35_stem(model, {true, block}) + ".")) model.dual_blocks.insert(block);
   }
 
   FileStatus status;
