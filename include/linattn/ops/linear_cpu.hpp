@@ -30,7 +30,7 @@ struct LinearPlan {
       : few(all_rows <= (inputs >= 512 ? 96 : 16)),
         total_rows(all_rows),
         rows(block(all_rows, 256, 8)),
-        columns(block(outputs, 256, 32)),
+        columns(block(outputs, 512, 32)),
         depth(block(inputs, few ? 2048 : 256, 16)),
         row_blocks((all_rows + rows - 1) / rows),
         column_blocks((outputs + columns - 1) / columns) {}

@@ -31,8 +31,8 @@ struct SoftmaxPlan {
 
   constexpr SoftmaxPlan(Index batch, Index all_queries, Index all_keys, Index heads, Index d, Index dv)
       : head_dim(d), value_dim(dv), head_count(heads) {
-    const bool wide = d + dv > 256;  // then half the tokens, to stay in a second-level cache of 1 MB
-    const Index query_limit = wide ? 128 : 256;
+    const bool wide = d + dv > 256;  // then half the tokens
+    const Index query_limit = wide ? 256 : 512;
     query_blocks = (all_queries + query_limit - 1) / query_limit;
     queries = padded_columns<C>((all_queries + query_blocks - 1) / query_blocks);
     query_blocks = (all_queries + queries - 1) / queries;
@@ -193,6 +193,14 @@ LINATTN_NOINLINE void copy_tokens(const T* from, Index token_stride, Index token
   }
 }
 
+// Rows that the next block will copy: in a packed projection they lie too far apart for the machine to guess.
+template <class T>
+LINATTN_INLINE void prefetch_tokens(const T* from, Index token_stride, Index tokens, Index channels) {
+  constexpr Index line = 64 / sizeof(T);
+  for (Index t = 0; t < tokens; ++t, from += token_stride)
+    for (Index c = 0; c < channels; c += line) prefetch(from + c);
+}
+
 template <class T>
 void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>& k,
                   const TensorView<const T, 4>& v, const TensorView<T, 4>& out,
@@ -209,9 +217,13 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
   const bool biased = !options.bias.empty();
 
   const Index panels = padded_columns<C>(queries) / panel;
-  for (Index i = 0; i < panels * panel; i += half_panel)
+  for (Index i = 0; i < panels * panel; i += half_panel) {
+    if (i + half_panel < queries)
+      prefetch_tokens(q.pointer(b, first_query + i + half_panel, h), q.stride(1),
+                      std::min(half_panel, queries - i - half_panel), d);
     pack_transposed(q.pointer(b, first_query + i, h), q.stride(1), d, queries - i,
                     work.q + i / panel * panel * d + i % panel);
+  }
   std::fill(work.out, work.out + panels * panel * dv, C(0));
   std::fill(work.max, work.max + panels * panel, std::numeric_limits<C>::lowest());
   std::fill(work.sum, work.sum + panels * panel, C(0));
@@ -224,8 +236,14 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
     const Index keys = std::min(plan.keys, k.extent(1) - first_key);
     copy_tokens(k.pointer(b, first_key, h), k.stride(1), keys, d, work.k);
     copy_tokens(v.pointer(b, first_key, h), v.stride(1), keys, dv, work.v);
+    const Index next_key = first_key + keys;
+    const Index next_keys = std::clamp(visible(queries) - next_key, Index{0}, plan.keys);
     for (Index i = 0; i < queries; i += panel) {
+      // Each panel asks for its share of the next block.
+      const Index first = next_keys * (i / panel) / panels,
+                  count = next_keys * (i / panel + 1) / panels - first;
       if (first_key >= visible(i + panel)) continue;
+      prefetch_tokens(k.pointer(b, next_key + first, h), k.stride(1), count, d);
       const Index last_visible = first_query + i + diagonal - first_key;  // in this block, to query i
       const bool masked = options.causal && last_visible < keys - 1;
       const C* const query = work.q + i * d;
@@ -237,6 +255,7 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
       } else {
         panel_logits<false>(work.k, d, keys, query, scale, work.logits, rescale);
       }
+      prefetch_tokens(v.pointer(b, next_key + first, h), v.stride(1), count, dv);
       panel_exponentials(work.logits, keys, work.max + i, work.sum + i, rescale);
       panel_values(work.v, dv, keys, work.logits, rescale, work.out + i * dv);
     }
