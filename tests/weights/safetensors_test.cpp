@@ -433,14 +433,14 @@ TEST_CASE("safetensors: shards") {
       {R"({"a":7})", "file name is not a string"},
       {R"({"a":"model-1.safetensors","a":"model-2.safetensors"})", "duplicate key"},
       {R"([])", "no weight_map"}};
-  for (const auto& [entries, expected] : bad) {
-    CAPTURE(entries);
-    map(entries);
+  for (const auto& entry : bad) {
+    CAPTURE(entry.first);
+    map(entry.first);
     Safetensors opened;
     const FileStatus status = Safetensors::open(index, opened);
     CHECK_FALSE(status.ok());
     CAPTURE(message(status));
-    CHECK(contains(message(status), expected));
+    CHECK(contains(message(status), entry.second));
     CHECK(opened.tensors().empty());
   }
   // The same tensor in two shards.
