@@ -25,16 +25,19 @@ void timestep_embedding(double t, std::span<T> out) {
 /// The table of position embeddings that checkpoints carry, for checkpoints that are made from nothing:
 /// [grid * grid, channels], rows of the grid one after another. The first half of the channels is of the
 /// column, the second of the row: [sin(p w_j), cos(p w_j)] with p the position / scale and
-/// w_j = 10000^(-j / (channels / 4)). `channels` is a multiple of 4.
+/// w_j = 10000^(-j / (channels / 4)). `channels` is a multiple of 4. p is rounded to float32, as the official
+/// code does, all else is double.
 inline std::vector<double> position_table(Index channels, Index grid, double scale = 1) {
   const Index quarter = channels / 4;
   std::vector<double> table(static_cast<std::size_t>(grid * grid * channels));
   double* out = table.data();
+  const auto position = [scale](Index i) { return static_cast<float>(i) / static_cast<float>(scale); };
   for (Index row = 0; row < grid; ++row)
     for (Index column = 0; column < grid; ++column, out += channels)
       for (Index j = 0; j < quarter; ++j) {
-        const double w = std::pow(10000.0, -static_cast<double>(j) / static_cast<double>(quarter)) / scale;
-        const double x = static_cast<double>(column) * w, y = static_cast<double>(row) * w;
+        const double w = std::pow(10000.0, -static_cast<double>(j) / static_cast<double>(quarter));
+        const double x = static_cast<double>(position(column)) * w,
+                     y = static_cast<double>(position(row)) * w;
         out[j] = std::sin(x);
         out[quarter + j] = std::cos(x);
         out[2 * quarter + j] = std::sin(y);

@@ -1,0 +1,192 @@
+// linattn-sd35: a prompt to a picture with Stable Diffusion 3.5.
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <iostream>
+#include <new>
+#include <random>
+#include <string>
+
+#include "pipeline.hpp"
+#include "progress.hpp"
+
+namespace {
+
+constexpr const char* examples = R"(Examples:
+  a diffusers folder
+    linattn-sd35 -m stable-diffusion-3.5-medium -p "a lighthouse at night" -o lighthouse.png
+  single files, with the tokenizer folders of the diffusers repository
+    linattn-sd35 -m sd3.5_large.safetensors --clip_l clip_l.safetensors --clip_g clip_g.safetensors \
+      --t5xxl t5xxl_fp16.safetensors --tokenizers stable-diffusion-3.5-large -W 1024 -H 768 -p "..."
+  a checkpoint that linattn-inherit wrote: its linear attention runs by itself
+    linattn-sd35 -m medium-t5 -p "..." --steps 28 --cfg-scale 4.5 --seed 7 --json
+Exit code: 0 when the picture is written, 2 after an error, which stderr states in one sentence.)";
+
+struct Arguments {
+  sd35::ModelFiles files;
+  sd35::PictureOptions picture;
+  std::filesystem::path output = "output.png";
+  std::string method = "euler", scheduler = "sd3";
+  std::int64_t seed = 42;
+  int threads = 0;
+  bool verbose = false, json = false;
+};
+
+void add_options(CLI::App& app, Arguments& a) {
+  const char* const model = "Model";
+  app.add_option("-m,--model", a.files.model, "diffusers folder, or full safetensors file")->group(model);
+  app.add_option("--diffusion-model", a.files.transformer, "the transformer alone, instead of that in -m")
+      ->group(model);
+  app.add_option("--vae", a.files.vae, "the VAE, instead of that in -m")->group(model);
+  app.add_option("--clip_l", a.files.clip_l, "the CLIP-L encoder, instead of that in -m")->group(model);
+  app.add_option("--clip_g", a.files.clip_g, "the CLIP-G encoder, instead of that in -m")->group(model);
+  app.add_option("--t5xxl", a.files.t5, "the T5-XXL encoder, instead of that in -m")->group(model);
+  app.add_option("--tokenizers", a.files.tokenizers,
+                 "folder with tokenizer/, tokenizer_2/ and tokenizer_3/ (default: the folder -m)")
+      ->group(model);
+  app.add_flag("--turbo", a.picture.turbo, "the model is Large Turbo, which has the shapes of Large")
+      ->group(model);
+
+  const char* const picture = "Picture";
+  app.add_option("-p,--prompt", a.picture.prompt, "what to draw")->required()->group(picture);
+  app.add_option("-n,--negative-prompt", a.picture.negative_prompt, "what to stay away from")->group(picture);
+  app.add_option("-W,--width", a.picture.width, "in pixels (default: 1024, or what the model can)")
+      ->group(picture);
+  app.add_option("-H,--height", a.picture.height, "in pixels (default: 1024, or what the model can)")
+      ->group(picture);
+  app.add_option("-s,--seed", a.seed, "of the noise, that of torch on the CPU; below 0: a random one")
+      ->capture_default_str()
+      ->group(picture);
+  app.add_option("-o,--output", a.output, "PNG file to write")->capture_default_str()->group(picture);
+
+  const char* const sampling = "Sampling";
+  app.add_option("--steps", a.picture.steps, "default: 40 (Medium), 28 (Large), 4 (Turbo)")->group(sampling);
+  app.add_option("--cfg-scale", a.picture.cfg_scale,
+                 "guidance; 1 or less is none (default: 4.5 Medium, 3.5 Large, 1 Turbo)")
+      ->group(sampling);
+  app.add_option("--sampling-method", a.method, "euler, or dpm++2m (also called dpmpp_2m)")
+      ->capture_default_str()
+      ->group(sampling);
+  app.add_option("--scheduler", a.scheduler, "sd3 (official), or discrete (stable-diffusion.cpp)")
+      ->capture_default_str()
+      ->group(sampling);
+  app.add_option("--flow-shift", a.picture.flow_shift, "of the noise levels")
+      ->capture_default_str()
+      ->group(sampling);
+  sd35::SkipLayerGuidance& slg = a.picture.skip_layers;
+  app.add_option("--slg-scale", slg.scale, "skip-layer guidance (2.5 is usual with Medium); 0 is none")
+      ->capture_default_str()
+      ->group(sampling);
+  app.add_option("--skip-layers", slg.layers, "the blocks that it skips")
+      ->delimiter(',')
+      ->capture_default_str()
+      ->group(sampling);
+  app.add_option("--skip-layer-start", slg.start, "fraction of the steps where it starts")
+      ->capture_default_str()
+      ->group(sampling);
+  app.add_option("--skip-layer-end", slg.end, "fraction of the steps where it ends")
+      ->capture_default_str()
+      ->group(sampling);
+
+  const char* const run = "Run";
+  app.add_option("-t,--threads", a.threads, "0: all cores; the picture is the same with any number")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 4096))
+      ->group(run);
+  app.add_flag("-v,--verbose", a.verbose, "print the times of all stages")->group(run);
+  app.add_flag("--json", a.json, "print the result as JSON on stdout")->group(run);
+  app.footer(examples);
+}
+
+nlohmann::ordered_json report(const sd35::Picture& picture, const Arguments& a, sd35::Index threads) {
+  const sd35::PictureOptions& options = picture.options;
+  nlohmann::ordered_json json{{"output", a.output.string()},
+                              {"model", picture.model},
+                              {"attention_modules", picture.modules},
+                              {"linear_attention_modules", picture.converted_modules},
+                              {"prompt", options.prompt},
+                              {"negative_prompt", options.negative_prompt},
+                              {"width", *options.width},
+                              {"height", *options.height},
+                              {"seed", options.seed},
+                              {"steps", *options.steps},
+                              {"cfg_scale", *options.cfg_scale},
+                              {"sampling_method", name(options.method)},
+                              {"scheduler", name(options.scheduler)},
+                              {"flow_shift", options.flow_shift},
+                              {"slg_scale", options.skip_layers.scale},
+                              {"threads", threads},
+                              {"seconds", nlohmann::ordered_json::object()}};
+  double total = 0;
+  for (const sd35::Stage& stage : picture.stages) {
+    json["seconds"][stage.name] = stage.seconds;
+    total += stage.seconds;
+  }
+  json["seconds"]["total"] = total;
+  json["seconds"]["a_step"] = picture.seconds_a_step;
+  return json;
+}
+
+int run(Arguments& a) {
+  a.picture.method = sd35::parse_method(a.method);
+  a.picture.scheduler = sd35::parse_scheduler(a.scheduler);
+  a.picture.seed = a.seed >= 0 ? static_cast<std::uint64_t>(a.seed) : std::random_device()();
+  sd35::expect_writable(a.output);
+
+  sd35::Runtime rt(a.threads);
+  sd35::ProgressBar bar;
+  sd35::Progress progress;
+  progress.on_stage = [&](std::string_view stage) {
+    std::fprintf(stderr, "%.*s\n", static_cast<int>(stage.size()), stage.data());
+  };
+  progress.on_note = [](std::string_view note) {
+    std::fprintf(stderr, "note: %.*s\n", static_cast<int>(note.size()), note.data());
+  };
+  progress.on_step = [&](int step, int steps) {
+    if (step == 0) bar.begin();
+    bar.show(step, steps);
+  };
+  sd35::Picture picture = make_picture(rt, a.files, a.picture, progress);
+  write_png(a.output, picture.image, {{"parameters", picture.parameters()}, {"Software", "linattn"}});
+
+  if (a.verbose) {
+    std::fprintf(stderr, "%s, %td of %td attentions linear, %td threads\n", picture.model.c_str(),
+                 picture.converted_modules, picture.modules, rt.workers());
+    for (const sd35::Stage& stage : picture.stages)
+      std::fprintf(stderr, "  %-10s %8.3f s\n", stage.name.c_str(), stage.seconds);
+  }
+  if (a.json)
+    std::cout
+        << report(picture, a, rt.workers()).dump(2, ' ', false, nlohmann::json::error_handler_t::replace)
+        << std::endl;
+  else
+    std::cout << a.output.string() << std::endl;
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+  CLI::App app("Draws a picture from a prompt with Stable Diffusion 3.5, softmax or linear attention.",
+               "linattn-sd35");
+  Arguments arguments;
+  add_options(app, arguments);
+  try {
+    app.parse(count, values);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  try {
+    return run(arguments);
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "linattn-sd35: out of memory\n");
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "linattn-sd35: %s\n", error.what());
+    return 2;
+  }
+}
