@@ -26,7 +26,7 @@ struct ConditioningOptions {
   Index t5_tokens = 256;  // prompts are cut and padded to this many, as diffusers does
   bool official = false;  // the official code's way instead: see encode_prompts
   // Called with the name of each encoder before it is loaded.
-  std::function<void(std::string_view encoder)> on_encoder;
+  std::function<void(std::string_view encoder)> on_encoder{};
 };
 
 template <class T>
