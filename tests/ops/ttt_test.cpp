@@ -331,7 +331,7 @@ TEST_CASE_TEMPLATE("results do not depend on workers or on the order of tasks", 
     auto serial = make<float>(Layout::dense, problem.out.view().extents);
     copy(problem.out.view(), serial.view());
     for (const Index workers : {2, 3, 8, 17})
-      for (const std::uint64_t seed : {1, 2}) {
+      for (std::uint64_t seed = 1; seed <= 2; ++seed) {
         CAPTURE(workers);
         problem.run(Threads{workers, seed});
         CHECK(same_bits(problem.out.view(), serial.view()));
