@@ -33,10 +33,15 @@ fs::path tokenizer_folder(const fs::path& tokenizers, const char* folder, std::s
 // Escaped parentheses become bytes that no text holds, so that they neither nest nor show.
 constexpr char escaped_open = '\1', escaped_close = '\2';
 
-std::string replace_all(std::string text, std::string_view from, std::string_view to) {
-  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size())
-    text.replace(at, from.size(), to);
-  return text;
+std::string escape_parentheses(std::string_view text) {
+  std::string result;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char next = text[i] == '\\' && i + 1 < text.size() ? text[i + 1] : '\0';
+    const bool escaped = next == '(' || next == ')';
+    result += !escaped ? text[i] : next == '(' ? escaped_open : escaped_close;
+    i += escaped ? 1 : 0;
+  }
+  return result;
 }
 
 bool is_number(std::string_view text) {
@@ -165,10 +170,8 @@ void place(const Tensor<T>& source, Tensor<T>& target, Index first_row, Index fi
 std::vector<std::int32_t> official_clip_ids(const ClipTokenizer& tokenizer, std::string_view text,
                                             std::int32_t pad, Index length) {
   constexpr std::size_t may_be_cut = 8;
-  std::string escaped = replace_all(std::string(text), "\\)", {&escaped_close, 1});
-  escaped = replace_all(std::move(escaped), "\\(", {&escaped_open, 1});
   std::vector<std::string> segments;
-  split_weights(escaped, segments);
+  split_weights(escape_parentheses(text), segments);
 
   const auto limit = static_cast<std::size_t>(length) - 1;
   std::vector<std::int32_t> ids{tokenizer.bos_id()};
