@@ -23,12 +23,15 @@ struct Shape {
   [[nodiscard]] Index width() const { return heads * head_dim; }
 };
 
-// The relative L2 error that a layer may have against double on the same rounded inputs. 16-bit storage rounds q,
-// k, v, the attention's result and the output, each with a relative L2 error of about half its unit roundoff.
+// The relative L2 error that a layer may have against double on the same rounded inputs. 16-bit storage rounds each
+// element of the output, by one unit roundoff at most.
 template <class T>
 inline constexpr double tolerance = std::is_same_v<T, double>  ? 5e-15
                                     : std::is_same_v<T, float> ? 1e-6
-                                                               : 2.0 * support::unit_roundoff<T>;
+                                                               : 1.01 * support::unit_roundoff<T>;
+// Without an output projection q, k and v are rounded, too.
+template <class T>
+inline constexpr double unprojected = sizeof(T) == 2 ? 2.0 * support::unit_roundoff<T> : tolerance<T>;
 
 // Says that a constructor takes the same values in double.
 struct Widened {};

@@ -6,8 +6,9 @@
 //   out         = attended W_out^T + b_out, each input's own rows
 //
 // Both inputs are projected into one buffer of the workspace, and the outputs read slices of one, so nothing is
-// concatenated. Written once for any context: the ops are found by the context's type, so include the headers of
-// its backend (cpu.hpp for the host).
+// concatenated. Between the projections all is held in Compute<T>: 16-bit storage rounds the outputs alone.
+// Written once for any context: the ops are found by the context's type, so include the headers of its backend
+// (cpu.hpp for the host).
 #pragma once
 
 #include <algorithm>
@@ -171,42 +172,9 @@ struct AttentionLayer {
                                    true, context_out.extent(2), context_names);
   }
 
-  // q | k | v of context and x tokens, and what the attention makes of them, token by token.
-  struct Memory {
-    TensorView<T, 3> packed;    // (b, t + n, 3 * width)
-    TensorView<T, 3> attended;  // (b, text queries + n, width), or x_out
-  };
-  [[nodiscard]] Memory take(Carver& carver) const {
-    const Index batch = x.extent(0), tokens = text() + x.extent(1), asking = text_queries() + x.extent(1);
-    Memory m;
-    m.packed = {carver.template take<T>(batch * tokens * 3 * width()), {batch, tokens, 3 * width()}};
-    m.attended = x_out;
-    if (projects())
-      m.attended = {carver.template take<T>(batch * asking * width()), {batch, asking, width()}};
-    return m;
-  }
-
-  // The attention's views of the memory: all keys and values, the queries of those that ask.
-  [[nodiscard]] Qkv<T> qkv(const Memory& m) const {
-    Qkv<T> views = unpack_qkv(m.packed, heads);
-    views.q = slice<1>(views.q, text() - text_queries(), text_queries() + x.extent(1));
-    return views;
-  }
-
   template <class Context, class Core>
   [[nodiscard]] std::size_t workspace(const Context& ctx, const Core& core) const {
-    Carver carver(Workspace{});
-    const Memory m = take(carver);
-    const Qkv<T> views = qkv(m);
-    std::size_t bytes = core.workspace(ctx, views.q, views.k, views.v, split_heads(m.attended, heads));
-    const auto add = [&](const TensorView<const T, 3>& from, const Projection<W>& p,
-                         const TensorView<T, 3>& to) {
-      if (from.extent(1) > 0 && p.weight.extent(0) > 0)
-        bytes = std::max<std::size_t>(bytes, linear_workspace(ctx, from, p.weight, p.bias, to));
-    };
-    for_each_projection(m, add);
-    for_each_output(m, add);
-    return carver.used() + bytes;
+    return projects() ? workspace_as<Compute<T>>(ctx, core) : workspace_as<T>(ctx, core);
   }
 
   template <class Context, class Core>
@@ -216,53 +184,104 @@ struct AttentionLayer {
     if (ctx.workspace.data == nullptr || ctx.workspace.size < needed)
       return fail(Code::workspace, what, static_cast<Index>(needed),
                   ctx.workspace.data == nullptr ? 0 : static_cast<Index>(ctx.workspace.size));
-    Carver carver(ctx.workspace);
-    const Memory m = take(carver);
-    const Context inner = ctx.with(carver.rest());
-
-    Status status;
-    const auto project = [&](const TensorView<const T, 3>& from, const Projection<W>& p,
-                             const TensorView<T, 3>& to) {
-      if (status.ok() && from.extent(1) > 0) status = linear(inner, from, p.weight, p.bias, to);
-    };
-    for_each_projection(m, project);
-    const auto normalise = [&](const TensorView<T, 3>& rows, const TensorView<const W, 1>& weight) {
-      const TensorView<T, 4> v = split_heads(rows, heads);
-      if (status.ok() && rows.extent(1) > 0 && weight.extent(0) > 0)
-        status = rms_norm(inner, v, weight, v, RmsNormOptions{.eps = qk_norm_eps});
-    };
-    if (text_queries() > 0) normalise(rows(m, 0, 0, text()), context_weights.q_norm);
-    normalise(rows(m, 1, 0, text()), context_weights.k_norm);
-    normalise(rows(m, 0, text(), x.extent(1)), x_weights.q_norm);
-    normalise(rows(m, 1, text(), x.extent(1)), x_weights.k_norm);
-    if (!status.ok()) return status;
-
-    const Qkv<T> views = qkv(m);
-    status = core.run(inner, views.q, views.k, views.v, split_heads(m.attended, heads));
-    for_each_output(m, project);
-    return status;
+    return projects() ? run_as<Compute<T>>(ctx, core) : run_as<T>(ctx, core);
   }
 
  private:
+  // q | k | v of context and x tokens, and what the attention makes of them, token by token, stored as C.
+  template <class C>
+  struct Memory {
+    TensorView<C, 3> packed;    // (b, t + n, 3 * width)
+    TensorView<C, 3> attended;  // (b, text queries + n, width), or x_out
+  };
+  template <class C>
+  [[nodiscard]] Memory<C> take(Carver& carver) const {
+    const Index batch = x.extent(0), tokens = text() + x.extent(1), asking = text_queries() + x.extent(1);
+    Memory<C> m;
+    m.packed = {carver.take<C>(batch * tokens * 3 * width()), {batch, tokens, 3 * width()}};
+    if (projects()) {
+      m.attended = {carver.take<C>(batch * asking * width()), {batch, asking, width()}};
+    } else if constexpr (std::is_same_v<C, T>) {
+      m.attended = x_out;
+    }
+    return m;
+  }
+
+  // The attention's views of the memory: all keys and values, the queries of those that ask.
+  template <class C>
+  [[nodiscard]] Qkv<C> qkv(const Memory<C>& m) const {
+    Qkv<C> views = unpack_qkv(m.packed, heads);
+    views.q = slice<1>(views.q, text() - text_queries(), text_queries() + x.extent(1));
+    return views;
+  }
+
+  template <class C, class Context, class Core>
+  [[nodiscard]] std::size_t workspace_as(const Context& ctx, const Core& core) const {
+    Carver carver(Workspace{});
+    const Memory<C> m = take<C>(carver);
+    const Qkv<C> views = qkv(m);
+    std::size_t bytes = core.workspace(ctx, views.q, views.k, views.v, split_heads(m.attended, heads));
+    const auto add = [&](const auto& from, const Projection<W>& p, const auto& to) {
+      bytes = std::max<std::size_t>(bytes, linear_workspace(ctx, from, p.weight, p.bias, to));
+      return Status{};
+    };
+    (void)project_inputs(m, add);
+    (void)project_outputs(m, add);
+    return carver.used() + bytes;
+  }
+
+  template <class C, class Context, class Core>
+  [[nodiscard]] Status run_as(const Context& ctx, const Core& core) const {
+    Carver carver(ctx.workspace);
+    const Memory<C> m = take<C>(carver);
+    const Context inner = ctx.with(carver.rest());
+    const auto project = [&](const auto& from, const Projection<W>& p, const auto& to) {
+      return linear(inner, from, p.weight, p.bias, to);
+    };
+    if (const Status status = project_inputs(m, project); !status.ok()) return status;
+    const auto normalise = [&](Index part, Index first, Index count, const TensorView<const W, 1>& weight) {
+      if (count == 0 || weight.extent(0) == 0) return Status{};
+      const TensorView<C, 4> v = split_heads(rows(m, part, first, count), heads);
+      return rms_norm(inner, v, weight, v, RmsNormOptions{.eps = qk_norm_eps});
+    };
+    const Status norms[] = {normalise(0, 0, text_queries(), context_weights.q_norm),
+                            normalise(1, 0, text(), context_weights.k_norm),
+                            normalise(0, text(), x.extent(1), x_weights.q_norm),
+                            normalise(1, text(), x.extent(1), x_weights.k_norm)};
+    if (const Status status = first_failure(norms[0], norms[1], norms[2], norms[3]); !status.ok())
+      return status;
+    const Qkv<C> views = qkv(m);
+    const Status status = core.run(inner, views.q, views.k, views.v, split_heads(m.attended, heads));
+    return status.ok() ? project_outputs(m, project) : status;
+  }
+
   // Third `part` (q, k, v) of the tokens [first, first + count) of the packed buffer.
-  [[nodiscard]] TensorView<T, 3> rows(const Memory& m, Index part, Index first, Index count) const {
+  template <class C>
+  [[nodiscard]] TensorView<C, 3> rows(const Memory<C>& m, Index part, Index first, Index count) const {
     return slice<2>(slice<1>(m.packed, first, count), part * width(), width());
   }
-  template <class F>
-  void for_each_projection(const Memory& m, const F& f) const {
-    if (text_queries() > 0) f(context, context_weights.q, rows(m, 0, 0, text()));
-    f(context, context_weights.k, rows(m, 1, 0, text()));
-    f(context, context_weights.v, rows(m, 2, 0, text()));
-    f(x, x_weights.q, rows(m, 0, text(), x.extent(1)));
-    f(x, x_weights.k, rows(m, 1, text(), x.extent(1)));
-    f(x, x_weights.v, rows(m, 2, text(), x.extent(1)));
+  // f(from, projection, to) for each projection that there is, until one fails.
+  template <class C, class F>
+  [[nodiscard]] Status project_inputs(const Memory<C>& m, const F& f) const {
+    const auto all = [&](const TensorView<const T, 3>& from, const AttentionWeights<W>& w, Index first,
+                         bool asks) {
+      const Index count = from.extent(1);
+      Status status;
+      if (asks) status = f(from, w.q, rows(m, 0, first, count));
+      if (status.ok()) status = f(from, w.k, rows(m, 1, first, count));
+      if (status.ok()) status = f(from, w.v, rows(m, 2, first, count));
+      return status;
+    };
+    const Status status = text() > 0 ? all(context, context_weights, 0, text_queries() > 0) : Status{};
+    return status.ok() ? all(x, x_weights, text(), true) : status;
   }
-  template <class F>
-  void for_each_output(const Memory& m, const F& f) const {
-    if (!projects()) return;
-    if (text_queries() > 0)
-      f(TensorView<const T, 3>(slice<1>(m.attended, 0, text())), context_weights.out, context_out);
-    f(TensorView<const T, 3>(slice<1>(m.attended, text_queries(), x.extent(1))), x_weights.out, x_out);
+  template <class C, class F>
+  [[nodiscard]] Status project_outputs(const Memory<C>& m, const F& f) const {
+    if (!projects()) return {};
+    const TensorView<const C, 3> attended = m.attended;
+    const Status status =
+        text_queries() > 0 ? f(slice<1>(attended, 0, text()), context_weights.out, context_out) : Status{};
+    return status.ok() ? f(slice<1>(attended, text_queries(), x.extent(1)), x_weights.out, x_out) : status;
   }
 };
 

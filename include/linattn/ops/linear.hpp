@@ -5,7 +5,8 @@
 // Shapes: x (rows, in) or (batch, rows, in); weight [out, in]; bias [out] or empty (extent 0: none); out
 // (rows, out) or (batch, rows, out). Rows may be any stride apart; the last axes are dense. `out` must not
 // overlap an input.
-// Numerics: sums in Compute<T>, 16-bit weights widened exactly, one rounding to T at the end. The order of a
+// x may be stored in another type than out; T is that of out.
+// Numerics: sums in Compute<T>, 16-bit x and weights widened exactly, one rounding to T at the end. The order of a
 // sum depends on the shapes alone: results are bitwise equal for any layout and any number of workers.
 // |error| <= (in + 1) eps (|bias| + sum |x weight|) and, with lanes and blocks, in practice nearer
 // sqrt(in) eps; eps that of Compute<T>.
@@ -22,8 +23,8 @@
 LINATTN_BEGIN
 namespace detail {
 
-template <class T, class W, class B, int R>
-[[nodiscard]] constexpr Status check_linear(const TensorView<const T, R>& x, const TensorView<W, 2>& weight,
+template <class X, class W, class B, class T, int R>
+[[nodiscard]] constexpr Status check_linear(const TensorView<const X, R>& x, const TensorView<W, 2>& weight,
                                             const TensorView<B, 1>& bias, const TensorView<T, R>& out) {
   static_assert(R == 2 || R == 3, "linear takes (rows, in) or (batch, rows, in)");
   const Index batch = R == 3 ? x.extent(0) : 1, batch_out = R == 3 ? out.extent(0) : 1;
@@ -41,7 +42,7 @@ template <class T, class W, class B, int R>
                                         expect_view(bias, "bias", "bias, stride"));
     if (!second.ok()) return second;
   }
-  if (x.data == out.data) return fail(Code::alias, "out, apart from x", 1, 0);
+  if (static_cast<const void*>(x.data) == out.data) return fail(Code::alias, "out, apart from x", 1, 0);
   return {};
 }
 

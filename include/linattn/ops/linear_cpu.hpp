@@ -168,8 +168,8 @@ LINATTN_NOINLINE void add_product(const C* x, Index x_stride, Index rows, const 
   multiply_panel(x, x_stride, 1, rows, panel, depth, AddTile<C>{sums, sums_stride});
 }
 
-template <class T, class W, class B, int R>
-void linear_task(const TensorView<const T, R>& x, const TensorView<W, 2>& weight,
+template <class X, class W, class B, class T, int R>
+void linear_task(const TensorView<const X, R>& x, const TensorView<W, 2>& weight,
                  const TensorView<B, 1>& bias, const TensorView<T, R>& out, const LinearPlan& plan,
                  Index task, const LinearWork<Compute<T>>& scratch) {
   using C = Compute<T>;
@@ -217,6 +217,27 @@ void linear_task(const TensorView<const T, R>& x, const TensorView<W, 2>& weight
               row_pointer(out, first_row + r) + first_column);
 }
 
+template <class P, class X, class W, class B, class T, int R>
+[[nodiscard]] Status run_linear(const Cpu<P>& ctx, const TensorView<const X, R>& x,
+                                const TensorView<W, 2>& weight, const TensorView<B, 1>& bias,
+                                const TensorView<T, R>& out) {
+  static_assert(Storage<std::remove_const_t<W>> && Storage<std::remove_const_t<B>>,
+                "weight and bias are float, double, half or bfloat16");
+  if (const Status status = check_linear(x, weight, bias, out); !status.ok()) return status;
+  const LinearPlan plan = linear_plan(x, weight);
+  Carver carver(ctx.workspace);
+  const LinearWork<Compute<T>> work(carver, ctx.parallel.workers(), plan);
+  if (const Status status = carver.check("linear, workspace"); !status.ok()) return status;
+  ctx.parallel.run(plan.tasks(), [&](Index task, Index worker) {
+    linear_task(x, weight, bias, out, plan, task, work.scratch(worker));
+  });
+  return {};
+}
+
+// x is stored in another type than out.
+template <class X, class T>
+concept OtherStorage = Storage<std::remove_const_t<X>> && !std::is_same_v<std::remove_const_t<X>, T>;
+
 }  // namespace detail
 
 // Bytes of workspace that the same call of `linear` needs; grows with the workers, not with the rows.
@@ -228,21 +249,26 @@ template <ParallelPolicy P, Storage T, int R, class W, class B>
   detail::LinearWork<Compute<T>>(carver, ctx.parallel.workers(), detail::linear_plan(x, weight));
   return carver.used();
 }
+template <ParallelPolicy P, Storage T, int R, detail::OtherStorage<T> X, class W, class B>
+[[nodiscard]] std::size_t linear_workspace(const Cpu<P>& ctx, const TensorView<X, R>& x,
+                                           const TensorView<W, 2>& weight, const TensorView<B, 1>&,
+                                           const TensorView<T, R>&) {
+  Carver carver({});
+  const TensorView<const std::remove_const_t<X>, R> rows(x);
+  detail::LinearWork<Compute<T>>(carver, ctx.parallel.workers(), detail::linear_plan(rows, weight));
+  return carver.used();
+}
 
+// out = x weight^T + bias. See linear.hpp.
 template <ParallelPolicy P, Storage T, int R, class W, class B>
 Status linear(const Cpu<P>& ctx, const In<T, R>& x, const TensorView<W, 2>& weight,
               const TensorView<B, 1>& bias, const TensorView<T, R>& out) {
-  static_assert(Storage<std::remove_const_t<W>> && Storage<std::remove_const_t<B>>,
-                "weight and bias are float, double, half or bfloat16");
-  if (const Status status = detail::check_linear(x, weight, bias, out); !status.ok()) return status;
-  const detail::LinearPlan plan = detail::linear_plan(x, weight);
-  Carver carver(ctx.workspace);
-  const detail::LinearWork<Compute<T>> work(carver, ctx.parallel.workers(), plan);
-  if (const Status status = carver.check("linear, workspace"); !status.ok()) return status;
-  ctx.parallel.run(plan.tasks(), [&](Index task, Index worker) {
-    detail::linear_task(x, weight, bias, out, plan, task, work.scratch(worker));
-  });
-  return {};
+  return detail::run_linear(ctx, x, weight, bias, out);
+}
+template <ParallelPolicy P, Storage T, int R, detail::OtherStorage<T> X, class W, class B>
+Status linear(const Cpu<P>& ctx, const TensorView<X, R>& x, const TensorView<W, 2>& weight,
+              const TensorView<B, 1>& bias, const TensorView<T, R>& out) {
+  return detail::run_linear(ctx, TensorView<const std::remove_const_t<X>, R>(x), weight, bias, out);
 }
 
 LINATTN_END
