@@ -5,7 +5,8 @@
 // pack. A model with two projections pairs them, (W1 pack | W2 pack), so that one product leaves z1 and z2 of
 // the same elements in registers, and the activation happens there; any other matrix has neighbouring packs in a
 // panel. Gradients have the layout of their weights, so W' = W - c G is one stream and the queries use the
-// result as it lies. Lanes beyond the head's channels hold numbers that no result depends on.
+// result as it lies. Rows are rounded up to whole register tiles and columns to whole panels; what lies beyond
+// the tokens of a tile and the channels of a head no result depends on.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +31,12 @@ namespace detail {
 inline constexpr Index ttt_tile = 64;    // tokens that pass through the products together
 inline constexpr Index ttt_chunk = 512;  // tokens whose gradients are summed before they join those of others
 
+// `rows` rounded up to whole register tiles.
+template <class C>
+[[nodiscard]] constexpr Index padded_rows(Index rows) {
+  return (rows + Tile<C>::rows - 1) / Tile<C>::rows * Tile<C>::rows;
+}
+
 // Extents of a head's matrices and tiles, all fixed by the head's size and the model's projections.
 template <class C>
 struct TttShape {
@@ -53,23 +60,24 @@ struct TttShape {
   }
   [[nodiscard]] constexpr Index panels() const { return width / Tile<C>::columns; }
   // Elements of one panel of a matrix, and of all panels of a head.
-  [[nodiscard]] constexpr Index panel() const { return head_dim * Tile<C>::columns; }
+  [[nodiscard]] constexpr Index panel() const { return padded_rows<C>(head_dim) * Tile<C>::columns; }
   [[nodiscard]] constexpr Index in_size() const { return in_panels * panel(); }
   [[nodiscard]] constexpr Index out_size() const { return out_panels * panel(); }
   [[nodiscard]] constexpr Index size() const { return in_size() + out_size(); }
   // Elements of one panel of a tile of tokens, of the tile, and of a tile for each projection.
-  [[nodiscard]] constexpr Index tile_panel() const { return ttt_tile * Tile<C>::columns; }
-  [[nodiscard]] constexpr Index tile() const { return ttt_tile * width; }
+  [[nodiscard]] constexpr Index tile_panel() const { return padded_rows<C>(ttt_tile) * Tile<C>::columns; }
+  [[nodiscard]] constexpr Index tile() const { return padded_rows<C>(ttt_tile) * width; }
   [[nodiscard]] constexpr Index derivatives() const { return projections * tile(); }
-  // Rows to prefetch at each register tile, so that those of a tile of tokens are asked for in one pass over it:
-  // of keys (two or three products) and of queries (one or two).
+  // Rows to prefetch at each register tile, so that one pass over a tile of tokens asks for all rows of the next:
+  // of keys, whose gradients are products as well, and of queries.
   [[nodiscard]] constexpr Index key_burst() const {
-    constexpr Index rows = Tile<C>::rows;
-    const Index calls = (in_panels + out_panels) * (ttt_tile / rows + head_dim / rows);
-    return ttt_tile / std::max<Index>(calls, 1) + 1;
+    return burst(padded_rows<C>(ttt_tile) + padded_rows<C>(head_dim));
   }
-  [[nodiscard]] constexpr Index query_burst() const {
-    return ttt_tile / ((in_panels + out_panels) * (ttt_tile / Tile<C>::rows)) + 1;
+  [[nodiscard]] constexpr Index query_burst() const { return burst(padded_rows<C>(ttt_tile)); }
+
+ private:
+  [[nodiscard]] constexpr Index burst(Index rows) const {
+    return ttt_tile / ((in_panels + out_panels) * (rows / Tile<C>::rows)) + 1;
   }
 };
 
@@ -77,10 +85,10 @@ struct TttShape {
 
 // One [d, d] matrix, neighbouring packs of columns in a panel.
 template <class C, class W>
-void pack_matrix(const TensorView<const W, 2>& w, C* panels) {
-  const Index d = w.extent(0), panel = d * Tile<C>::columns;
-  for (Index c = 0; c < padded_columns<C>(d); c += Pack<C>::size) {
-    C* const to = panels + c / Tile<C>::columns * panel + c % Tile<C>::columns;
+void pack_matrix(const TttShape<C>& shape, const TensorView<const W, 2>& w, C* panels) {
+  const Index d = shape.head_dim;
+  for (Index c = 0; c < shape.width; c += Pack<C>::size) {
+    C* const to = panels + c / Tile<C>::columns * shape.panel() + c % Tile<C>::columns;
     if (c < d) {
       pack_rows<C>(w.pointer(0, c), w.stride(0), d, d - c, to);
     } else {
@@ -91,20 +99,21 @@ void pack_matrix(const TensorView<const W, 2>& w, C* panels) {
 
 // Its transpose.
 template <class C, class W>
-void pack_matrix_transposed(const TensorView<const W, 2>& w, C* panels) {
-  const Index d = w.extent(0), panel = d * Tile<C>::columns;
-  for (Index c = 0; c < padded_columns<C>(d); c += Pack<C>::size) {
-    C* const to = panels + c / Tile<C>::columns * panel + c % Tile<C>::columns;
+void pack_matrix_transposed(const TttShape<C>& shape, const TensorView<const W, 2>& w, C* panels) {
+  const Index d = shape.head_dim;
+  for (Index c = 0; c < shape.width; c += Pack<C>::size) {
+    C* const to = panels + c / Tile<C>::columns * shape.panel() + c % Tile<C>::columns;
     pack_transposed<C>(w.data + c * w.stride(0), w.stride(0), d, d - c, to);
   }
 }
 
 // Two matrices, a pack of each in every panel.
 template <class C, class W>
-void pack_pair(const TensorView<const W, 2>& w1, const TensorView<const W, 2>& w2, C* panels) {
-  const Index d = w1.extent(0), panel = d * Tile<C>::columns;
+void pack_pair(const TttShape<C>& shape, const TensorView<const W, 2>& w1, const TensorView<const W, 2>& w2,
+               C* panels) {
+  const Index d = shape.head_dim;
   for (Index c = 0; c < d; c += Pack<C>::size) {
-    C* const to = panels + c / Pack<C>::size * panel;
+    C* const to = panels + c / Pack<C>::size * shape.panel();
     pack_rows<C>(w1.pointer(0, c), w1.stride(0), d, d - c, to);
     pack_rows<C>(w2.pointer(0, c), w2.stride(0), d, d - c, to + Pack<C>::size);
   }
@@ -112,11 +121,13 @@ void pack_pair(const TensorView<const W, 2>& w1, const TensorView<const W, 2>& w
 
 // The way back: one matrix of the panels, every `step`-th pack from the `first`.
 template <class C>
-void unpack_matrix(const C* panels, Index first, Index step, const TensorView<C, 2>& w) {
-  const Index d = w.extent(0), panel = d * Tile<C>::columns;
+void unpack_matrix(const TttShape<C>& shape, const C* panels, Index first, Index step,
+                   const TensorView<C, 2>& w) {
+  const Index d = shape.head_dim;
   Index pack = first;
   for (Index c = 0; c < d; c += Pack<C>::size, pack += step) {
-    const C* const from = panels + pack / Tile<C>::packs * panel + pack % Tile<C>::packs * Pack<C>::size;
+    const C* const from =
+        panels + pack / Tile<C>::packs * shape.panel() + pack % Tile<C>::packs * Pack<C>::size;
     for (Index r = 0; r < d; ++r)
       std::copy_n(from + r * Tile<C>::columns, std::min<Index>(Pack<C>::size, d - c), w.pointer(r, c));
   }
@@ -294,7 +305,8 @@ LINATTN_NOINLINE void read_errors(const TttShape<C>& shape, const T* v, Index st
       Pack<C> value = lanes.load(v + c);
       if constexpr (!Loss::needs_prediction) {
         value = Loss::error(value, value);
-        value.store(panels + (c / Tile<C>::columns * ttt_tile + t) * Tile<C>::columns + c % Tile<C>::columns);
+        value.store(panels + c / Tile<C>::columns * shape.tile_panel() + t * Tile<C>::columns +
+                    c % Tile<C>::columns);
       }
       value.store(rows + c);
     });
@@ -309,16 +321,26 @@ LINATTN_NOINLINE void write_rows(const TttShape<C>& shape, const C* rows, Index 
                      [&](Index c, auto lanes) { lanes.store(out + c, Pack<C>::load(rows + c)); });
 }
 
-// A tile of tokens (or its transpose) by one panel, then epilogue(row, sum0, sum1) for each row.
+// Rows by one panel in whole register tiles, then epilogue(row, sum0, sum1) for each row: one instance of the
+// product a stage, and its sums stay in registers.
 template <class C, class Epilogue>
-LINATTN_INLINE void multiply_by_panel(const TttShape<C>& shape, const C* tile, Index tokens, const C* panel,
-                                      Prefetch& prefetch, const Epilogue& epilogue) {
-  multiply_panel(
-      tile, shape.width, Index{1}, tokens, panel, shape.head_dim,
-      [&]<int R>(Index row, Pack<C>(&sums)[R][2]) LINATTN_INLINE_LAMBDA {
+LINATTN_INLINE void multiply_rows_by_panel(const C* a, Index row_stride, Index depth_stride, Index rows,
+                                           const C* panel, Index depth, Prefetch& prefetch,
+                                           const Epilogue& epilogue) {
+  constexpr int R = Tile<C>::rows;
+  multiply_tiles<R>(
+      a, row_stride, depth_stride, 0, padded_rows<C>(rows), panel, depth,
+      [&](Index row, Pack<C>(&sums)[R][2]) LINATTN_INLINE_LAMBDA {
         unroll<R>([&](auto r) LINATTN_INLINE_LAMBDA { epilogue(row + r, sums[r][0], sums[r][1]); });
         prefetch.advance();
       });
+}
+
+// The tokens of a tile by one panel of a matrix.
+template <class C, class Epilogue>
+LINATTN_INLINE void multiply_by_panel(const TttShape<C>& shape, const C* tile, Index tokens, const C* panel,
+                                      Prefetch& prefetch, const Epilogue& epilogue) {
+  multiply_rows_by_panel(tile, shape.width, Index{1}, tokens, panel, shape.head_dim, prefetch, epilogue);
 }
 
 // z = x W_in, then a = activation(z) to rows and its derivatives, in the layout of W_in, to panels.
@@ -432,14 +454,14 @@ LINATTN_NOINLINE void backpropagate(const TttShape<C>& shape, const C* errors, I
 template <class C>
 LINATTN_NOINLINE void accumulate_gradient(const TttShape<C>& shape, const C* x, Index tokens, const C* panels,
                                           Index count, C* gradient, Prefetch& prefetch) {
-  for (Index p = 0; p < count; ++p) {
-    const AddTile<C> add{gradient + p * shape.panel(), Tile<C>::columns};
-    multiply_panel(x, Index{1}, shape.width, shape.head_dim, panels + p * shape.tile_panel(), tokens,
-                   [&]<int R>(Index row, Pack<C>(&sums)[R][2]) LINATTN_INLINE_LAMBDA {
-                     add(row, sums);
-                     prefetch.advance();
-                   });
-  }
+  using P = Pack<C>;
+  for (Index p = 0; p < count; ++p)
+    multiply_rows_by_panel(x, Index{1}, shape.width, shape.head_dim, panels + p * shape.tile_panel(), tokens,
+                           prefetch, [&](Index row, P g1, P g2) LINATTN_INLINE_LAMBDA {
+                             C* const to = gradient + p * shape.panel() + row * Tile<C>::columns;
+                             (P::load(to) + g1).store(to);
+                             (P::load(to + P::size) + g2).store(to + P::size);
+                           });
 }
 
 }  // namespace detail

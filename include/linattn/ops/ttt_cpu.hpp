@@ -157,14 +157,14 @@ void pack_weights(const TttWeights<W>& weights, Index h, const TttShape<C>& shap
                   const TttScratch<C>& scratch) {
   const TensorView<const W, 2> w1 = at(weights.w1, h);
   if constexpr (Model::projections == 2) {
-    pack_pair<C, W>(w1, at(weights.w2, h), scratch.weights);
+    pack_pair<C, W>(shape, w1, at(weights.w2, h), scratch.weights);
   } else {
-    pack_matrix<C, W>(w1, scratch.weights);
+    pack_matrix<C, W>(shape, w1, scratch.weights);
   }
   if constexpr (Model::has_output) {
     const TensorView<const W, 2> out = at(Model::projections == 2 ? weights.w3 : weights.w2, h);
-    pack_matrix<C, W>(out, scratch.weights + shape.in_size());
-    pack_matrix_transposed<C, W>(out, scratch.w_out_transposed);
+    pack_matrix<C, W>(shape, out, scratch.weights + shape.in_size());
+    pack_matrix_transposed<C, W>(shape, out, scratch.w_out_transposed);
   }
 }
 
@@ -174,24 +174,25 @@ void pack_fast_weights(const FastWeights<const C>& fast, Index b, Index h, const
                        C* panels) {
   const TensorView<const C, 2> w1 = at(at(fast.w1, b), h);
   if constexpr (Model::projections == 2) {
-    pack_pair<C, C>(w1, at(at(fast.w2, b), h), panels);
+    pack_pair<C, C>(shape, w1, at(at(fast.w2, b), h), panels);
   } else {
-    pack_matrix<C, C>(w1, panels);
+    pack_matrix<C, C>(shape, w1, panels);
   }
   if constexpr (Model::has_output)
-    pack_matrix<C, C>(at(at(Model::projections == 2 ? fast.w3 : fast.w2, b), h), panels + shape.in_size());
+    pack_matrix<C, C>(shape, at(at(Model::projections == 2 ? fast.w3 : fast.w2, b), h),
+                      panels + shape.in_size());
 }
 template <class Model, class C>
 void unpack_fast_weights(const C* panels, const TttShape<C>& shape, const FastWeights<C>& fast, Index b,
                          Index h) {
   if constexpr (Model::projections == 2) {
-    unpack_matrix<C>(panels, 0, 2, at(at(fast.w1, b), h));
-    unpack_matrix<C>(panels, 1, 2, at(at(fast.w2, b), h));
+    unpack_matrix<C>(shape, panels, 0, 2, at(at(fast.w1, b), h));
+    unpack_matrix<C>(shape, panels, 1, 2, at(at(fast.w2, b), h));
   } else {
-    unpack_matrix<C>(panels, 0, 1, at(at(fast.w1, b), h));
+    unpack_matrix<C>(shape, panels, 0, 1, at(at(fast.w1, b), h));
   }
   if constexpr (Model::has_output)
-    unpack_matrix<C>(panels + shape.in_size(), 0, 1,
+    unpack_matrix<C>(shape, panels + shape.in_size(), 0, 1,
                      at(at(Model::projections == 2 ? fast.w3 : fast.w2, b), h));
 }
 
