@@ -4,16 +4,58 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <memory>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 
-#include <linattn/ops/rms_norm_cpu.hpp>
-#include <linattn/ops/ttt_cpu.hpp>
+#include <linattn/cpu.hpp>
 
 namespace sd35 {
 namespace {
 
 constexpr double norm_eps = 1e-6;
+
+template <class P>
+std::array<decltype(&std::declval<P&>().q), 10> all_of(P& p) {
+  return {&p.q, &p.k, &p.v, &p.out, &p.q_bias, &p.k_bias, &p.v_bias, &p.out_bias, &p.q_norm, &p.k_norm};
+}
+
+// A layer takes weights of one type. Files have one; where tensors of a module differ, all are widened.
+template <class P>
+void unify(P& first, P* second = nullptr) {
+  std::vector<Weight*> weights;
+  for (P* p : {&first, second})
+    if (p != nullptr)
+      for (Weight* weight : all_of(*p))
+        if (!weight->empty()) weights.push_back(weight);
+  const auto is = [](linattn::Dtype type) { return [type](const Weight* w) { return w->dtype == type; }; };
+  if (std::all_of(weights.begin(), weights.end(), is(first.q.dtype))) return;
+  const bool wide = std::any_of(weights.begin(), weights.end(), is(linattn::Dtype::f64));
+  const auto widen_as = [&]<class S>(S, linattn::Dtype type) {
+    for (Weight* weight : weights) {
+      const auto values = std::make_shared<const std::vector<S>>(widen<S>(*weight));
+      weight->dtype = type;
+      weight->data = values->data();
+      weight->owner = values;
+    }
+  };
+  wide ? widen_as(double{}, linattn::Dtype::f64) : widen_as(float{}, linattn::Dtype::f32);
+}
+
+template <class W, class P>
+linattn::AttentionWeights<W> views(const P& p) {
+  const auto vector = [](const Weight& w) {
+    return w.empty() ? TensorView<const W, 1>()
+                     : TensorView<const W, 1>(static_cast<const W*>(w.data), {w.extent(0)});
+  };
+  const auto projection = [&](const Weight& w, const Weight& bias) {
+    if (w.empty()) return linattn::Projection<W>{};
+    return linattn::Projection<W>{{static_cast<const W*>(w.data), {w.extent(0), w.extent(1)}}, vector(bias)};
+  };
+  return {projection(p.q, p.q_bias),     projection(p.k, p.k_bias), projection(p.v, p.v_bias),
+          projection(p.out, p.out_bias), vector(p.q_norm),          vector(p.k_norm)};
+}
 
 std::string block_name(Index i) { return "joint_blocks." + std::to_string(i) + "."; }
 
@@ -95,20 +137,22 @@ MmditConfig MmditConfig::of(const Checkpoint& checkpoint) {
 
 template <class T>
 typename Mmdit<T>::Projections Mmdit<T>::load_projections(const Checkpoint& checkpoint,
-                                                          const std::string& name, bool with_proj) const {
+                                                          const std::string& name, bool with_out) const {
   const Index width = config_.width;
-  Projections result{checkpoint.linear<T>(name + ".q", width, width),
-                     checkpoint.linear<T>(name + ".k", width, width),
-                     checkpoint.linear<T>(name + ".v", width, width),
-                     {},
-                     {},
-                     {}};
+  Projections p;
+  const auto load = [&](const std::string& module, Weight& weight, Weight& bias) {
+    weight = checkpoint.matrix(name + module + ".weight", width, width);
+    bias = checkpoint.get(name + module + ".bias", {width});
+  };
+  load(".q", p.q, p.q_bias);
+  load(".k", p.k, p.k_bias);
+  load(".v", p.v, p.v_bias);
+  if (with_out) load(".proj", p.out, p.out_bias);
   if (config_.qk_norm) {
-    result.norm_q = checkpoint.vector<T>(name + ".ln_q.weight", config_.head_dim());
-    result.norm_k = checkpoint.vector<T>(name + ".ln_k.weight", config_.head_dim());
+    p.q_norm = checkpoint.get(name + ".ln_q.weight", {config_.head_dim()});
+    p.k_norm = checkpoint.get(name + ".ln_k.weight", {config_.head_dim()});
   }
-  if (with_proj) result.proj = checkpoint.linear<T>(name + ".proj", width, width);
-  return result;
+  return p;
 }
 
 template <class T>
@@ -180,9 +224,11 @@ Mmdit<T>::Mmdit(const Checkpoint& checkpoint, const MmditConfig& config) : confi
     block.joint = {load_projections(checkpoint, image + "attn", true),
                    load_ttt(checkpoint, image + "attn", conversion)};
     block.context = load_projections(checkpoint, context + "attn", !last);
+    unify(block.joint.image, &block.context);
     if (dual)
       block.second = Attention{load_projections(checkpoint, image + "attn2", true),
                                load_ttt(checkpoint, image + "attn2", conversion)};
+    if (dual) unify(block.second->image);
     block.image_mlp = load_mlp(checkpoint, image + "mlp");
     if (!last) block.context_mlp = load_mlp(checkpoint, context + "mlp");
     blocks_.push_back(std::move(block));
@@ -284,123 +330,90 @@ Tensor<T> Mmdit<T>::embed_patches(Runtime& rt, In<T, 4> x, const Observer<T>& ob
   return tokens;
 }
 
+// Attention of `image` tokens, in place, and, where they are not empty, of text tokens; the text's results go
+// to `text_out`, which the last block leaves empty.
 template <class T>
-void Mmdit<T>::project(Runtime& rt, const Projections& weights, In<T, 3> x, TensorView<T, 3> q,
-                       TensorView<T, 3> k, TensorView<T, 3> v) const {
-  const auto normalise = [&](const char* what, const std::vector<T>& weight, TensorView<T, 3> view) {
-    if (weight.empty()) return;
-    const TensorView<T, 4> heads = split_heads(view, config_.heads);
-    const linattn::RmsNormOptions options{.eps = norm_eps};
-    rt.run(
-        what, [](const auto&) { return std::size_t{0}; },
-        [&](const auto& context) {
-          return linattn::rms_norm(context, heads, as_view(weight), heads, options);
-        });
-  };
-  if (!q.empty()) {
-    linear<T>(rt, x, weights.q, q);
-    normalise("ln_q", weights.norm_q, q);
-  }
-  linear<T>(rt, x, weights.k, k);
-  normalise("ln_k", weights.norm_k, k);
-  linear<T>(rt, x, weights.v, v);
-}
-
-template <class T>
-void Mmdit<T>::attend(Runtime& rt, const std::string& what, const Attention& attention, In<T, 3> q,
-                      In<T, 3> k, In<T, 3> v, Index text_queries, Index text_keys, Index grid_height,
-                      Index grid_width, TensorView<T, 3> out) const {
-  const auto heads = [&](const auto& view) { return split_heads(view, config_.heads); };
-  if (!attention.ttt) return sd35::attention<T>(rt, what, heads(q), heads(k), heads(v), heads(out));
-
-  const Ttt& ttt = *attention.ttt;
-  const Index batch = q.extent(0), head_dim = config_.head_dim();
-  const auto initial = [&](const std::vector<T>& w) {
-    return TensorView<const T, 3>(w.data(), {w.empty() ? 0 : config_.heads, head_dim, head_dim});
-  };
-  std::array<Tensor<T>, 3> memory;
-  for (std::size_t i = 0; i < linattn::matrix_count(ttt.conversion.inner_model); ++i)
-    memory[i] = Tensor<T>({batch, config_.heads, head_dim, head_dim});
-  const auto fast = [&](std::size_t i) {
-    return memory[i].empty() ? TensorView<T, 4>() : memory[i].template view<4>();
-  };
-  const linattn::TttWeights<T> weights{initial(ttt.w1), initial(ttt.w2), initial(ttt.w3)};
-  const linattn::FastWeights<T> fast_weights{fast(0), fast(1), fast(2)};
-
-  linattn::TttOptions<T> options{.inner_lr = ttt.conversion.inner_lr};
-  options.prologue.key_norm = true;
-  options.prologue.key_norm_eps = ttt.conversion.key_norm_eps;
-  if (ttt.conversion.conv) {
-    const auto kernel = [&](const std::vector<T>& w) {
-      return TensorView<const T, 4>(w.data(), {config_.width, 1, 3, 3});
+void Mmdit<T>::attend(Runtime& rt, const std::string& what, const Attention& attention,
+                      const Projections& text_weights, TensorView<T, 3> image, In<T, 3> text,
+                      TensorView<T, 3> text_out, Index rows, Index columns) const {
+  visit(attention.image.q, [&](const auto* pointer) {
+    using W = std::remove_const_t<std::remove_pointer_t<decltype(pointer)>>;
+    const linattn::AttentionWeights<W> own = views<W>(attention.image), other = views<W>(text_weights);
+    if (!attention.ttt) {
+      const linattn::SoftmaxLayerOptions options{.heads = config_.heads, .qk_norm_eps = norm_eps};
+      return rt.run(
+          what,
+          [&](const auto& context) {
+            return joint_attention_workspace(context, image, text, own, other, image, text_out, options);
+          },
+          [&](const auto& context) {
+            return joint_attention(context, image, text, own, other, image, text_out, options);
+          });
+    }
+    const Ttt& ttt = *attention.ttt;
+    const auto square = [&](const std::vector<T>& w) {
+      return TensorView<const T, 3>(w.data(),
+                                    {w.empty() ? 0 : config_.heads, config_.head_dim(), config_.head_dim()});
     };
-    options.prologue.q_conv = kernel(ttt.q_conv);
-    options.prologue.k_conv = kernel(ttt.k_conv);
-    options.prologue.q_conv_bias = as_view(ttt.q_conv_bias);
-    options.prologue.k_conv_bias = as_view(ttt.k_conv_bias);
-  }
-  const auto run = [&]<class Model, class Loss>(Model, Loss) {
-    options.prologue.grid = {text_keys, grid_height, grid_width};
-    rt.run(
-        what,
-        [&](const auto& context) {
-          return linattn::ttt_update_workspace<Model, Loss>(context, heads(k), heads(v), weights,
-                                                            fast_weights, options);
-        },
-        [&](const auto& context) {
-          return linattn::ttt_update<Model, Loss>(context, heads(k), heads(v), weights, fast_weights,
-                                                  options);
-        });
-    options.prologue.grid.offset = text_queries;
-    rt.run(
-        what,
-        [&](const auto& context) {
-          return linattn::ttt_apply_workspace<Model>(context, heads(q), fast_weights, heads(out), options);
-        },
-        [&](const auto& context) {
-          return linattn::ttt_apply<Model>(context, heads(q), fast_weights, heads(out), options);
-        });
-  };
-  const auto with_loss = [&](auto model) {
-    if (ttt.conversion.inner_loss == linattn::InnerLossKind::inner_product)
-      return run(model, linattn::InnerProduct{});
-    run(model, linattn::SquaredError{});
-  };
-  switch (ttt.conversion.inner_model) {
-    case linattn::InnerModelKind::linear:
-      return with_loss(linattn::Linear{});
-    case linattn::InnerModelKind::mlp:
-      return with_loss(linattn::Mlp{});
-    case linattn::InnerModelKind::swiglu:
-      return with_loss(linattn::SwiGlu{});
-  }
+    const auto kernel = [&](const std::vector<T>& w) {
+      return TensorView<const T, 4>(w.data(), {static_cast<Index>(w.size()) / 9, 1, 3, 3});
+    };
+    const linattn::TttAttentionWeights<W, T> weights{own,
+                                                     {square(ttt.w1), square(ttt.w2), square(ttt.w3)},
+                                                     kernel(ttt.q_conv),
+                                                     kernel(ttt.k_conv),
+                                                     as_view(ttt.q_conv_bias),
+                                                     as_view(ttt.k_conv_bias)};
+    const linattn::TttLayerOptions options{.heads = config_.heads,
+                                           .grid = {0, rows, columns},
+                                           .inner_lr = ttt.conversion.inner_lr,
+                                           .key_norm_eps = ttt.conversion.key_norm_eps,
+                                           .qk_norm_eps = norm_eps};
+    const auto run = [&]<class Model, class Loss>(Model, Loss) {
+      rt.run(
+          what,
+          [&](const auto& context) {
+            return linattn::joint_ttt_attention_workspace<Model, Loss>(context, image, text, weights, other,
+                                                                       image, text_out, options);
+          },
+          [&](const auto& context) {
+            return linattn::joint_ttt_attention<Model, Loss>(context, image, text, weights, other, image,
+                                                             text_out, options);
+          });
+    };
+    const auto with_loss = [&](auto model) {
+      if (ttt.conversion.inner_loss == linattn::InnerLossKind::inner_product)
+        return run(model, linattn::InnerProduct{});
+      run(model, linattn::SquaredError{});
+    };
+    switch (ttt.conversion.inner_model) {
+      case linattn::InnerModelKind::linear:
+        return with_loss(linattn::Linear{});
+      case linattn::InnerModelKind::mlp:
+        return with_loss(linattn::Mlp{});
+      case linattn::InnerModelKind::swiglu:
+        return with_loss(linattn::SwiGlu{});
+    }
+  });
 }
 
-// Scratch of a forward, which the blocks share. S = text + image tokens.
+// x += gate fc2(gelu(fc1(mod(x)))), as many rows at a time as `hidden` holds, so that the wide activation stays
+// small.
 template <class T>
-struct Mmdit<T>::Buffers {
-  Tensor<T> q, k, v, attended;  // (batch, S, width)
-  Tensor<T> modulated;          // (batch, S, width)
-  Tensor<T> joint, second;      // (batch, image, width)
-  Tensor<T> hidden;             // (rows, mlp_width)
-};
-
-// x += gate fc2(gelu(fc1(mod(x)))), some rows at a time, so that the wide activation stays small.
-template <class T>
-void Mmdit<T>::add_mlp(Runtime& rt, const Mlp& mlp, TensorView<T, 3> x, In<T, 2> shift, In<T, 2> scale,
-                       In<T, 2> gate, Buffers& buffers) const {
-  const Index rows = x.extent(0) * x.extent(1), width = config_.width, most = buffers.hidden.extent(1);
-  const TensorView<T, 3> modulated(buffers.modulated.data(), x.extents);
-  layer_norm<T>(rt, x, {.eps = norm_eps, .scale = scale, .shift = shift}, modulated);
+void Mmdit<T>::add_mlp(Runtime& rt, const Mlp& mlp, TensorView<T, 3> x, const TensorView<const T, 2>& shift,
+                       const TensorView<const T, 2>& scale, const TensorView<const T, 2>& gate,
+                       TensorView<T, 3> scratch, Tensor<T>& hidden) const {
+  const Index rows = x.extent(0) * x.extent(1), width = config_.width, most = hidden.extent(1);
+  layer_norm<T>(rt, x, {.eps = norm_eps, .scale = scale, .shift = shift}, scratch);
   for (Index begin = 0; begin < rows; begin += most) {
     const Index count = std::min(most, rows - begin);
-    const TensorView<T, 3> part(modulated.data + begin * width, {1, count, width});
-    const TensorView<T, 3> hidden(buffers.hidden.data(), {1, count, config_.mlp_width});
-    linear<T>(rt, part, mlp.fc1, hidden);
-    activate<T>(rt, Activation::gelu_tanh, hidden);
-    linear<T>(rt, hidden, mlp.fc2, part);
+    const TensorView<T, 3> part(scratch.data + begin * width, {1, count, width});
+    const TensorView<T, 3> wide(hidden.data(), {1, count, config_.mlp_width});
+    linear<T>(rt, part, mlp.fc1, wide);
+    activate<T>(rt, Activation::gelu_tanh, wide);
+    linear<T>(rt, wide, mlp.fc2, part);
   }
-  add_gated<T>(rt, x, gate, modulated);
+  add_gated<T>(rt, x, gate, scratch);
 }
 
 template <class T>
@@ -409,7 +422,7 @@ void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulati
                        const Observer<T>& observe) const {
   const Index batch = x.extent(0), p = config_.patch, width = config_.width;
   const Index rows = x.extent(2) / p, columns = x.extent(3) / p, image = rows * columns;
-  const Index text = context.extent(1), all = text + image;
+  const Index text = context.extent(1);
   if (x.extent(1) != config_.in_channels || x.extent(2) % p != 0 || x.extent(3) % p != 0 || image == 0)
     throw std::runtime_error("latent: expected " + std::to_string(config_.in_channels) +
                              " channels and multiples of " + std::to_string(p) + ", got " +
@@ -432,21 +445,15 @@ void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulati
       std::copy_n(context.pointer(b, row), width, text_tokens.data() + (b * text + row) * width);
   const TensorView<T, 3> X = image_tokens.template view<3>(), C = text_tokens.template view<3>();
 
-  Buffers buffers;
-  for (Tensor<T>* tensor : {&buffers.q, &buffers.k, &buffers.v, &buffers.attended, &buffers.modulated})
-    *tensor = Tensor<T>({batch, all, width});
-  buffers.joint = Tensor<T>({batch, image, width});
+  // What goes into a layer and, in place, what comes out of it.
+  Tensor<T> image_memory({batch, image, width}), text_memory({batch, text, width});
+  Tensor<T> second_memory;
   if (std::count(config_.dual.begin(), config_.dual.end(), true) > 0)
-    buffers.second = Tensor<T>({batch, image, width});
+    second_memory = Tensor<T>({batch, image, width});
+  const TensorView<T, 3> image_work = image_memory.template view<3>();
+  const TensorView<T, 3> text_work = text_memory.template view<3>();
   constexpr Index mlp_rows = 1024;
-  buffers.hidden = Tensor<T>({1, std::min(mlp_rows, batch * image), config_.mlp_width});
-
-  const TensorView<T, 3> q = buffers.q.template view<3>(), k = buffers.k.template view<3>();
-  const TensorView<T, 3> value = buffers.v.template view<3>(), attended = buffers.attended.template view<3>();
-  const TensorView<T, 3> modulated_image(buffers.modulated.data(), {batch, image, width});
-  const TensorView<T, 3> modulated_text(buffers.modulated.data(), {batch, text, width});
-  const auto front = [&](const TensorView<T, 3>& view) { return slice<1>(view, 0, text); };
-  const auto back = [&](const TensorView<T, 3>& view) { return slice<1>(view, text, image); };
+  Tensor<T> hidden({1, std::min(mlp_rows, batch * std::max(image, text)), config_.mlp_width});
 
   for (Index i = 0; i < config_.depth; ++i) {
     if (std::find(skip.begin(), skip.end(), i) != skip.end()) continue;
@@ -457,42 +464,31 @@ void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulati
       return modulations.chunk(static_cast<std::size_t>(2 * i + of_text), index, first_pair, batch, width);
     };
     const auto modulate = [&](bool of_text, Index first, const TensorView<T, 3>& tokens,
-                              const TensorView<T, 3>& out) {
+                              const TensorView<T, 3>& out, const char* what) {
       layer_norm<T>(rt, tokens,
                     {.eps = norm_eps, .scale = chunk(of_text, first + 1), .shift = chunk(of_text, first)},
                     out);
+      show(name + what, out);
     };
 
     if (block.second) {
       // Runs before X changes: it reads the same LN(X) as the joint attention.
-      modulate(false, 6, X, modulated_image);
-      project(rt, block.second->image, modulated_image, back(q), back(k), back(value));
-      attend(rt, name + "attn2", *block.second, back(q), back(k), back(value), 0, 0, rows, columns,
-             back(attended));
-      show(name + "attn2", back(attended));
-      linear<T>(rt, back(attended), *block.second->image.proj, buffers.second.template view<3>());
+      const TensorView<T, 3> second = second_memory.template view<3>();
+      modulate(false, 6, X, second, "attn2.x");
+      attend(rt, name + "attn2", *block.second, {}, second, {}, {}, rows, columns);
     }
-
+    modulate(true, 0, C, text_work, "attn.context");
+    modulate(false, 0, X, image_work, "attn.x");
     // The last block drops its text: nobody reads the attention of its text queries.
-    const Index queries = last && !observe ? 0 : text;
-    modulate(true, 0, C, modulated_text);
-    project(rt, block.context, modulated_text, slice<1>(q, 0, queries), front(k), front(value));
-    modulate(false, 0, X, modulated_image);
-    project(rt, block.joint.image, modulated_image, back(q), back(k), back(value));
-    show(name + "joint_q", q);
-    show(name + "joint_k", k);
-    attend(rt, name + "attn", block.joint, slice<1>(q, text - queries, queries + image), k, value, queries,
-           text, rows, columns, slice<1>(attended, text - queries, queries + image));
-    show(name + "joint_attn", attended);
+    attend(rt, name + "attn", block.joint, block.context, image_work, text_work,
+           last ? TensorView<T, 3>() : text_work, rows, columns);
 
-    linear<T>(rt, back(attended), *block.joint.image.proj, buffers.joint.template view<3>());
-    add_gated<T>(rt, X, chunk(false, 2), buffers.joint.template view<3>());
-    if (block.second) add_gated<T>(rt, X, chunk(false, 8), buffers.second.template view<3>());
-    add_mlp(rt, block.image_mlp, X, chunk(false, 3), chunk(false, 4), chunk(false, 5), buffers);
+    add_gated<T>(rt, X, chunk(false, 2), image_work);
+    if (block.second) add_gated<T>(rt, X, chunk(false, 8), std::as_const(second_memory).template view<3>());
+    add_mlp(rt, block.image_mlp, X, chunk(false, 3), chunk(false, 4), chunk(false, 5), image_work, hidden);
     if (!last) {
-      linear<T>(rt, front(attended), *block.context.proj, modulated_text);
-      add_gated<T>(rt, C, chunk(true, 2), modulated_text);
-      add_mlp(rt, *block.context_mlp, C, chunk(true, 3), chunk(true, 4), chunk(true, 5), buffers);
+      add_gated<T>(rt, C, chunk(true, 2), text_work);
+      add_mlp(rt, *block.context_mlp, C, chunk(true, 3), chunk(true, 4), chunk(true, 5), text_work, hidden);
       show(name + "context", C);
     }
     show(name + "x", X);
@@ -503,8 +499,8 @@ void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulati
                 {.eps = norm_eps,
                  .scale = modulations.chunk(final, 1, first_pair, batch, width),
                  .shift = modulations.chunk(final, 0, first_pair, batch, width)},
-                modulated_image);
-  const Tensor<T> patches = linear<T>(rt, modulated_image, final_);
+                image_work);
+  const Tensor<T> patches = linear<T>(rt, image_work, final_);
   show("final_layer", patches.template view<3>());
 
   // Element (i p + j) channels + ch of token (r, s) is v[ch, r p + i, s p + j]: the channel last, unlike the

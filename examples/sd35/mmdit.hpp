@@ -74,17 +74,16 @@ class Mmdit {
 
   // v of latents x (batch, in_channels, h, w), any strides: a batch stride of 0 gives one latent to all.
   // `context` is that of embed_context, modulations are the rows first_pair, first_pair + 1, ... a batch entry.
-  // h and w are multiples of the patch, at most position_grid patches. The blocks in `skip` are passed by.
-  // With an observer, which gets "patch_embed", "block0.joint_attn", ..., the queries of the last context are
-  // computed too, which v does not depend on.
+  // h and w are multiples of the patch, at most position_grid patches. The blocks in `skip` are passed by. The
+  // observer gets "patch_embed", "cropped_pos", "block0.x", "block0.context", ..., "final_layer", and what goes
+  // into the attentions: "block0.attn.x", "block0.attn.context", "block0.attn2.x".
   void forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulations<T>& modulations, Index first_pair,
                std::span<const int> skip, TensorView<T, 4> v, const Observer<T>& observe = {}) const;
 
  private:
+  // The parameters around an attention, all stored in one type; what a module lacks is empty.
   struct Projections {
-    LinearWeights<T> q, k, v;
-    std::vector<T> norm_q, norm_k;         // empty: no qk-norm
-    std::optional<LinearWeights<T>> proj;  // not of the last context
+    Weight q, k, v, out, q_bias, k_bias, v_bias, out_bias, q_norm, k_norm;
   };
   // The parameters of a Test-Time-Training layer, widened.
   struct Ttt {
@@ -107,22 +106,19 @@ class Mmdit {
     Mlp image_mlp;
     std::optional<Mlp> context_mlp;
   };
-  struct Buffers;
-
   [[nodiscard]] Projections load_projections(const Checkpoint& checkpoint, const std::string& name,
-                                             bool with_proj) const;
+                                             bool with_out) const;
   [[nodiscard]] std::optional<Ttt> load_ttt(const Checkpoint& checkpoint, const std::string& name,
                                             linattn::Conversion& conversion) const;
   [[nodiscard]] Mlp load_mlp(const Checkpoint& checkpoint, const std::string& name) const;
 
   [[nodiscard]] Tensor<T> embed_patches(Runtime& rt, In<T, 4> x, const Observer<T>& observe) const;
-  void project(Runtime& rt, const Projections& weights, In<T, 3> x, TensorView<T, 3> q, TensorView<T, 3> k,
-               TensorView<T, 3> v) const;
-  void attend(Runtime& rt, const std::string& what, const Attention& attention, In<T, 3> q, In<T, 3> k,
-              In<T, 3> v, Index text_queries, Index text_keys, Index grid_height, Index grid_width,
-              TensorView<T, 3> out) const;
-  void add_mlp(Runtime& rt, const Mlp& mlp, TensorView<T, 3> x, In<T, 2> shift, In<T, 2> scale, In<T, 2> gate,
-               Buffers& buffers) const;
+  void attend(Runtime& rt, const std::string& what, const Attention& attention,
+              const Projections& text_weights, TensorView<T, 3> image, In<T, 3> text,
+              TensorView<T, 3> text_out, Index rows, Index columns) const;
+  void add_mlp(Runtime& rt, const Mlp& mlp, TensorView<T, 3> x, const TensorView<const T, 2>& shift,
+               const TensorView<const T, 2>& scale, const TensorView<const T, 2>& gate,
+               TensorView<T, 3> scratch, Tensor<T>& hidden) const;
 
   MmditConfig config_;
   Weight positions_;
