@@ -37,8 +37,10 @@ double terms(const Buffer<double, 4>& x, const Buffer<double, 4>& weight, const 
 template <class T, class W, class B>
 void check_types() {
   for (const Layout layout : all_layouts)
-    for (const auto& [shape, grid] : cases)
+    for (const Case& one : cases)
       for (const bool residual : {true, false}) {
+        const std::array<Index, 4>& shape = one.shape;
+        const TokenGrid& grid = one.grid;
         CAPTURE(name(layout));
         CAPTURE(text(shape));
         CAPTURE(residual);
