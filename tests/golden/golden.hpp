@@ -105,8 +105,9 @@ class Case {
   // A condition without a number.
   void expect(bool condition, std::string_view what);
 
-  // Lists what was not used, and says whether all checks passed. Called by the program, once.
-  [[nodiscard]] bool finish();
+  // Lists what was not used, and says whether all checks passed. `completed`: the runner did not throw. Called
+  // by the program, once.
+  [[nodiscard]] bool finish(bool completed);
 
  private:
   template <class T, int R>

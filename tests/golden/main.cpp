@@ -91,7 +91,7 @@ Outcome run(const std::filesystem::path& path, const Arguments& arguments) {
       std::printf("  FAIL %s\n", error.what());
       complete = false;
     }
-    return c.finish() && complete ? Outcome::passed : Outcome::failed;
+    return c.finish(complete) ? Outcome::passed : Outcome::failed;
   } catch (const std::exception& error) {
     std::printf("%s\n  FAIL %s\n", path.filename().c_str(), error.what());
     return Outcome::failed;

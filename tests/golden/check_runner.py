@@ -1,0 +1,112 @@
+"""Does the golden runner fail when it should? check_runner.py GOLDEN runs it on small cases, sound and broken."""
+
+import json
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def write(path, tensors, metadata):
+    """tensors: name -> (shape, flat list of numbers), stored as F32."""
+    header, data = {"__metadata__": metadata}, b""
+    for name, (shape, values) in tensors.items():
+        chunk = struct.pack(f"<{len(values)}f", *values)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(chunk)]}
+        data += chunk
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def norm_case(tokens=7, channels=3, eps=1.0):
+    """key_instance_norm of random tokens, by its formula."""
+    draw = random.Random(1)
+    x = [[struct.unpack("<f", struct.pack("<f", draw.gauss(0, 1)))[0] for _ in range(channels)] for _ in range(tokens)]
+    mean = [sum(row[c] for row in x) / tokens for c in range(channels)]
+    var = [sum((row[c] - mean[c]) ** 2 for row in x) / tokens for c in range(channels)]
+    y = [(row[c] - mean[c]) / (var[c] + eps) ** 0.5 for row in x for c in range(channels)]
+    tensors = {
+        "input": ([1, tokens, channels], [v for row in x for v in row]),
+        "output": ([1, tokens, channels], y),
+        "mid.mean": ([1, channels], mean),
+        "mid.var": ([1, channels], var),
+        "grad.input": ([1, tokens, channels], y),
+    }
+    return tensors, {"op": "key_instance_norm", "eps": str(eps)}
+
+
+def main():
+    golden = sys.argv[1]
+    failures = []
+
+    def run(what, code, last, *arguments):
+        result = subprocess.run([golden, *map(str, arguments)], capture_output=True, text=True)
+        found = (result.stdout.splitlines() or [""])[-1]
+        if result.returncode != code or (last is not None and found != last):
+            failures.append(f"{what}: exit code {result.returncode}, '{found}'; expected {code}, '{last}'")
+            print(result.stdout, result.stderr)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+
+        def case(name, change=lambda tensors, metadata: None):
+            tensors, metadata = norm_case()
+            change(tensors, metadata)
+            path = folder / f"{name}.safetensors"
+            write(path, tensors, metadata)
+            return path
+
+        def scaled(name, factor):
+            def change(tensors, _):
+                shape, values = tensors[name]
+                tensors[name] = (shape, [v * factor for v in values])
+            return change
+
+        good = case("good")
+        result = run("a sound case", 0, "1 passed, 0 failed", good)
+        if "grad.input" not in result.stdout or "not yet checked" not in result.stdout:
+            failures.append("gradients are not listed")
+        broken = {
+            "a wrong output": scaled("output", 1 + 1e-5),
+            "a wrong intermediate": scaled("mid.var", 1 + 1e-6),
+            "an output of NaN": scaled("output", float("nan")),
+            "an unknown tensor": lambda t, _: t.update({"mid.other": ([1], [0.0])}),
+            "a missing input": lambda t, _: t.pop("input"),
+            "a missing output": lambda t, _: t.pop("output"),
+            "a missing intermediate": lambda t, _: t.pop("mid.mean"),
+            "an output of another shape": lambda t, _: t.update({"output": ([1, 3, 7], t["output"][1])}),
+            "an unknown op": lambda _, m: m.update({"op": "no_such_op"}),
+            "no op": lambda _, m: m.pop("op"),
+            "a missing option": lambda _, m: m.pop("eps"),
+            "an option that is no number": lambda _, m: m.update({"eps": "1.0x"}),
+            "an option out of range": lambda _, m: m.update({"eps": "-1"}),
+        }
+        for index, (what, change) in enumerate(broken.items()):
+            run(what, 1, "0 passed, 1 failed", case(f"broken{index}", change))
+        cut = folder / "cut.safetensors"
+        cut.write_bytes(good.read_bytes()[:-4])
+        run("a truncated file", 1, "0 passed, 1 failed", cut)
+        run("a file that is not there", 1, "0 passed, 1 failed", folder / "nothing.safetensors")
+
+        run("a folder", 1, f"1 passed, {len(broken) + 1} failed", folder)
+        empty = folder / "empty"
+        empty.mkdir()
+        run("an empty folder", 1, "0 passed, 1 failed", empty)
+        run("the op that was asked for", 0, "1 passed, 0 failed", good, "--ops", "key_instance_norm,softmax_attention")
+        run("another op", 0, "0 passed, 0 failed", good, "--ops=softmax_attention")
+        run("an unknown op in --ops", 2, None, good, "--ops", "key_instance_norm,no_such_op")
+        run("no path", 2, None)
+        run("an unknown option", 2, None, good, "--fast")
+
+    for failure in failures:
+        print("FAIL", failure)
+    print(f"{len(failures)} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
