@@ -79,30 +79,34 @@ template <int Rows, int Columns, bool Ahead, class C, class W>
 LINATTN_INLINE void dot_tile(const C* x, Index x_stride, const W* weight, const W* ahead, Index weight_stride,
                              Index depth, C* sums, Index sums_stride) {
   using P = Pack<C>;
-  P acc[Rows][Columns];
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Columns; ++c) acc[r][c] = P::zero();
+  P acc[Rows][Columns], w[Columns];
+  unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+    unroll<Columns>([&](auto c) LINATTN_INLINE_LAMBDA { acc[r][c] = P::zero(); });
+  });
   Index k = 0;
   for (; k + P::size <= depth; k += P::size) {
-    P w[Columns];
-    for (int c = 0; c < Columns; ++c) w[c] = load<C>(weight + c * weight_stride + k);
-    if constexpr (Ahead)
-      for (int c = 0; c < Columns; ++c) prefetch(ahead + c * weight_stride + k);
-    for (int r = 0; r < Rows; ++r) {
+    unroll<Columns>([&](auto c) LINATTN_INLINE_LAMBDA {
+      w[c] = load<C>(weight + c * weight_stride + k);
+      if constexpr (Ahead) prefetch(ahead + c * weight_stride + k);
+    });
+    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
       const P a = P::load(x + r * x_stride + k);
-      for (int c = 0; c < Columns; ++c) acc[r][c] = fma(a, w[c], acc[r][c]);
-    }
+      unroll<Columns>([&](auto c) LINATTN_INLINE_LAMBDA { acc[r][c] = fma(a, w[c], acc[r][c]); });
+    });
   }
   if (k < depth) {
     const int count = static_cast<int>(depth - k);
-    for (int c = 0; c < Columns; ++c) {
-      const P w = load_partial<C>(weight + c * weight_stride + k, count);
-      for (int r = 0; r < Rows; ++r)
-        acc[r][c] = fma(load_partial<C>(x + r * x_stride + k, count), w, acc[r][c]);
-    }
+    unroll<Columns>(
+        [&](auto c) LINATTN_INLINE_LAMBDA { w[c] = load_partial<C>(weight + c * weight_stride + k, count); });
+    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+      const P a = load_partial<C>(x + r * x_stride + k, count);
+      unroll<Columns>([&](auto c) LINATTN_INLINE_LAMBDA { acc[r][c] = fma(a, w[c], acc[r][c]); });
+    });
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Columns; ++c) sums[r * sums_stride + c] += reduce_add(acc[r][c]);
+  unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+    unroll<Columns>([&](auto c)
+                        LINATTN_INLINE_LAMBDA { sums[r * sums_stride + c] += reduce_add(acc[r][c]); });
+  });
 }
 
 // The scratch memory of all workers.

@@ -103,15 +103,17 @@ LINATTN_NOINLINE void panel_logits(const C* k, Index head_dim, Index keys, const
   using P = Pack<C>;
   constexpr Index panel = Tile<C>::columns;
   P top[2] = {P(std::numeric_limits<C>::lowest()), P(std::numeric_limits<C>::lowest())};
-  multiply_panel(k, head_dim, Index{1}, keys, q, head_dim, [&]<int Rows>(Index row, P(&sums)[Rows][2]) {
-    for (int r = 0; r < Rows; ++r)
-      for (int p = 0; p < 2; ++p) {
-        C* const at = logits + (row + r) * panel + p * P::size;
-        const P s = biased ? fma(sums[r][p], P(scale), P::load(at)) : sums[r][p] * P(scale);
-        s.store(at);
-        top[p] = max(top[p], s);
-      }
-  });
+  multiply_panel(k, head_dim, Index{1}, keys, q, head_dim,
+                 [&]<int Rows>(Index row, P(&sums)[Rows][2]) LINATTN_INLINE_LAMBDA {
+                   unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+                     unroll<2>([&](auto p) LINATTN_INLINE_LAMBDA {
+                       C* const at = logits + (row + r) * panel + p * P::size;
+                       const P s = biased ? fma(sums[r][p], P(scale), P::load(at)) : sums[r][p] * P(scale);
+                       s.store(at);
+                       top[p] = max(top[p], s);
+                     });
+                   });
+                 });
   top[0].store(block_max);
   top[1].store(block_max + P::size);
 }
@@ -129,12 +131,12 @@ LINATTN_NOINLINE void panel_exponentials(C* logits, Index keys, C* running_max, 
     sum[p] = P::zero();
   }
   for (Index j = 0; j < keys; ++j)
-    for (int p = 0; p < 2; ++p) {
+    unroll<2>([&](auto p) LINATTN_INLINE_LAMBDA {
       C* const at = logits + j * panel + p * P::size;
       const P e = exp(P::load(at) - top[p]);
       e.store(at);
       sum[p] += e;
-    }
+    });
   for (int p = 0; p < 2; ++p) {
     const Index lane = p * P::size;
     const P rescale = exp(P::load(running_max + lane) - top[p]);
@@ -150,13 +152,15 @@ LINATTN_NOINLINE void panel_values(const C* v, Index value_dim, Index keys, cons
                                    C* out) {
   using P = Pack<C>;
   constexpr Index panel = Tile<C>::columns;
-  multiply_panel(v, Index{1}, value_dim, value_dim, e, keys, [&]<int Rows>(Index row, P(&sums)[Rows][2]) {
-    for (int r = 0; r < Rows; ++r)
-      for (int p = 0; p < 2; ++p) {
-        C* const at = out + (row + r) * panel + p * P::size;
-        fma(P::load(at), P::load(rescale + p * P::size), sums[r][p]).store(at);
-      }
-  });
+  multiply_panel(v, Index{1}, value_dim, value_dim, e, keys,
+                 [&]<int Rows>(Index row, P(&sums)[Rows][2]) LINATTN_INLINE_LAMBDA {
+                   unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+                     unroll<2>([&](auto p) LINATTN_INLINE_LAMBDA {
+                       C* const at = out + (row + r) * panel + p * P::size;
+                       fma(P::load(at), P::load(rescale + p * P::size), sums[r][p]).store(at);
+                     });
+                   });
+                 });
 }
 
 // The rows of out, from one pack's width of a panel: out[i][c] = from[c][i] / sum[i].
