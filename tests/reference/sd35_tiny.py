@@ -704,7 +704,7 @@ def check_pictures(made, single, pipeline, fast):
             again = paint(single, PROMPTS[key[1]], key[2])
         name = f"{key[0]}, prompt {key[1]}, seed {key[2]}: float32 against float64,"
         error = psnr(again["picture"], result["picture"])
-        check(f"{name} 8 bit", min(error, 999.0), 60, above=True)
+        check(f"{name} 8 bit", min(error, 150.0), 60, above=True)  # 150: no difference
         error = psnr(again["image"], result["image"], peak=2.0)
         check(f"{name} not rounded", error, 80, above=True)
 
@@ -841,6 +841,8 @@ def main():
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    torch.set_num_threads(1)  # sums in one order, and no slower at this size
 
     start = time.monotonic()
     model, reference = arguments.output / FOLDER, arguments.output / REFERENCE
