@@ -1,12 +1,12 @@
-// The tiles of TTT on the host: 64 tokens of one head pass through at most five products, each stage a function
-// of its own.
+// The tiles of TTT on the host: 64 tokens of one head pass through at most five products, each stage a
+// function of its own.
 //
-// A matrix that a product reads by vectors lies in panels of two packs, [panel][row][2 L] with L the lanes of a
-// pack. A model with two projections pairs them, (W1 pack | W2 pack), so that one product leaves z1 and z2 of
-// the same elements in registers, and the activation happens there; any other matrix has neighbouring packs in a
-// panel. Gradients have the layout of their weights, so W' = W - c G is one stream and the queries use the
-// result as it lies. Rows are rounded up to whole register tiles and columns to whole panels; what lies beyond
-// the tokens of a tile and the channels of a head no result depends on.
+// A matrix that a product reads by vectors lies in panels of two packs, [panel][row][2 L] with L the lanes of
+// a pack. A model with two projections pairs them, (W1 pack | W2 pack), so that one product leaves z1 and z2
+// of the same elements in registers, and the activation happens there; any other matrix has neighbouring
+// packs in a panel. Gradients have the layout of their weights, so W' = W - c G is one stream and the queries
+// use the result as it lies. Rows are rounded up to whole register tiles and columns to whole panels; what
+// lies beyond the tokens of a tile and the channels of a head no result depends on.
 #pragma once
 
 #include <algorithm>
@@ -68,16 +68,13 @@ struct TttShape {
   [[nodiscard]] constexpr Index tile_panel() const { return padded_rows<C>(ttt_tile) * Tile<C>::columns; }
   [[nodiscard]] constexpr Index tile() const { return padded_rows<C>(ttt_tile) * width; }
   [[nodiscard]] constexpr Index derivatives() const { return projections * tile(); }
-  // Rows to prefetch at each register tile, so that one pass over a tile of tokens asks for all rows of the next:
-  // of keys, whose gradients are products as well, and of queries.
-  [[nodiscard]] constexpr Index key_burst() const {
-    return burst(padded_rows<C>(ttt_tile) + padded_rows<C>(head_dim));
+  // Register tiles of the products that a tile of tokens passes through: of keys, whose gradients are
+  // products as well, and of queries.
+  [[nodiscard]] constexpr Index key_products() const {
+    return (in_panels + out_panels) * ((padded_rows<C>(ttt_tile) + padded_rows<C>(head_dim)) / Tile<C>::rows);
   }
-  [[nodiscard]] constexpr Index query_burst() const { return burst(padded_rows<C>(ttt_tile)); }
-
- private:
-  [[nodiscard]] constexpr Index burst(Index rows) const {
-    return ttt_tile / ((in_panels + out_panels) * (rows / Tile<C>::rows)) + 1;
+  [[nodiscard]] constexpr Index query_products() const {
+    return (in_panels + out_panels) * (padded_rows<C>(ttt_tile) / Tile<C>::rows);
   }
 };
 
@@ -135,39 +132,41 @@ void unpack_matrix(const TttShape<C>& shape, const C* panels, Index first, Index
 
 // ---- tokens into tiles ----
 
-// Asks for the rows of tokens that the next tiles read or write, a few at each register tile of the products, so
-// that memory works while they multiply. Rows of one head lie far apart, and no hardware follows them.
+// Asks for the rows of tokens that the next tiles read or write, evenly spread over the register tiles of the
+// products, so that memory works while they multiply. Rows of one head lie far apart: no hardware follows
+// them, and each may cost a walk through the page tables, which the products hide only if they come one at a
+// time.
 class Ahead {
  public:
-  // The rows of the tile that begins at `token` of `tokens`, `burst` of them at a time.
+  // The rows of the tile that begins at `token` of `tokens`, in `calls` calls of advance().
   template <class T>
   [[nodiscard]] static Ahead rows(const T* data, Index step, Index token, Index tokens, Index channels,
-                                  Index burst) {
+                                  Index calls) {
     Ahead ahead;
     if (token >= tokens) return ahead;
     ahead.at_ = reinterpret_cast<const char*>(data + token * step);
     ahead.step_ = step * Index{sizeof(T)};
-    ahead.rows_ = std::min(ttt_tile, tokens - token);
     ahead.bytes_ = channels * Index{sizeof(T)};
-    ahead.burst_ = burst;
+    ahead.rows_ = ahead.left_ = std::min(ttt_tile, tokens - token);
+    ahead.calls_ = calls;
     return ahead;
   }
 
   template <bool Write>
   LINATTN_INLINE void advance() {
 #if defined(__GNUC__)
-    const Index count = std::min(burst_, rows_);
-    for (Index r = 0; r < count; ++r, at_ += step_)
+    for (due_ += rows_; due_ >= calls_ && left_ > 0; due_ -= calls_, --left_, at_ += step_)
       for (const char* line = at_ - (reinterpret_cast<std::uintptr_t>(at_) & 63); line < at_ + bytes_;
            line += 64)
         __builtin_prefetch(line, Write ? 1 : 0, 2);
-    rows_ -= count;
 #endif
   }
 
  private:
   const char* at_ = nullptr;
-  Index step_ = 0, rows_ = 0, bytes_ = 0, burst_ = 0;
+  Index step_ = 0, bytes_ = 0;
+  Index rows_ = 0, left_ = 0;  // of the tile, and of those yet to be asked for
+  Index calls_ = 1, due_ = 0;  // rows_ / calls_ rows a call, counted in parts of a row
 };
 
 // What is read next, from two places, and what is written.
@@ -181,9 +180,9 @@ struct Prefetch {
   }
 };
 
-// Reads the tokens of one head, as the prologue makes them: normalised if there are statistics, convolved on the
-// grid if there are taps. For the conv the grid's tokens, normalised and with a border of zeros around the grid,
-// go through a stage that moves along with the tiles, so each is read and normalised once a chunk.
+// Reads the tokens of one head, as the prologue makes them: normalised if there are statistics, convolved on
+// the grid if there are taps. For the conv the grid's tokens, normalised and with a border of zeros around
+// the grid, go through a stage that moves along with the tiles, so each is read and normalised once a chunk.
 template <class C, class T>
 struct TokenReader {
   const T* data = nullptr;
@@ -197,11 +196,13 @@ struct TokenReader {
   const ConvTaps<C>* taps = nullptr;
   TokenGrid grid{};
   C* stage = nullptr;
-  Index stage_first =
-      0;  // place in the grid with its border, [height + 2][width + 2], of the stage's first row
-  Index stage_end = 0;  // one beyond its last row
+  // Places in the grid with its border, [height + 2][width + 2]: of the stage's first row, and one beyond its
+  // last.
+  Index stage_first = 0;
+  Index stage_end = 0;
 
-  // Rows that the stage must hold: a chunk with its borders, and a row and a token of the grid on either side.
+  // Rows that the stage must hold: a chunk with its borders, and a row and a token of the grid on either
+  // side.
   [[nodiscard]] static constexpr Index stage_rows(const TokenGrid& grid) {
     const Index row = grid.width + 2;
     const Index crossed = (ttt_chunk - 1 + grid.width - 1) / std::max<Index>(grid.width, 1);
@@ -214,10 +215,10 @@ struct TokenReader {
     stage_end = stage_first;
   }
 
-  // The rows of memory that the tile at `token` will read first, to be asked for in bursts.
-  [[nodiscard]] Ahead ahead(Index token, Index burst) const {
+  // The rows of memory that the tile at `token` will read first, to be asked for in `calls` calls.
+  [[nodiscard]] Ahead ahead(Index token, Index calls) const {
     const Index next = taps == nullptr ? token : token + grid.width + 1;
-    return Ahead::rows(data, step, next, tokens, head_dim, burst);
+    return Ahead::rows(data, step, next, tokens, head_dim, calls);
   }
 
   // Tokens [first, first + count) to rows of `width` channels, those beyond the head zero.
@@ -295,8 +296,9 @@ struct TokenReader {
 
 // ---- the products ----
 
-// Values become errors: dl/dy as rows (to multiply with W^T) and in panels (to be multiplied with a^T). Without a
-// prediction that is all there is to the loss; with one the rows keep the values until predict_errors.
+// Values become errors: dl/dy as rows (to multiply with W^T) and in panels (to be multiplied with a^T).
+// Without a prediction that is all there is to the loss; with one the rows keep the values until
+// predict_errors.
 template <class Loss, class C, class T>
 LINATTN_NOINLINE void read_errors(const TttShape<C>& shape, const T* v, Index step, Index tokens, C* rows,
                                   C* panels) {

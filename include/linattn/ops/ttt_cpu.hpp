@@ -1,9 +1,10 @@
-// Test-time-training attention on the host. Contract: ttt.hpp. The tiles and products are in detail/ttt_tiles.hpp.
+// Test-time-training attention on the host. Contract: ttt.hpp. The tiles and products are in
+// detail/ttt_tiles.hpp.
 //
-// A head's keys pass once, in tiles of 64 tokens; each chunk of 512 sums its own gradient, and the chunks' sums are
-// added in their order, whoever computed them. With many heads a task is a head: its updated weights stay where
-// they are and its queries follow at once. With few heads a task is a chunk, and a bounded number of chunks is in
-// flight.
+// A head's keys pass once, in tiles of 64 tokens; each chunk of 512 sums its own gradient, and the chunks'
+// sums are added in their order, whoever computed them. With many heads a task is a head: its updated weights
+// stay where they are and its queries follow at once. With few heads a task is a chunk, and a bounded number
+// of chunks is in flight.
 #pragma once
 
 #include <algorithm>
@@ -78,8 +79,8 @@ struct TttScratch {
   }
 };
 
-// The memory of one call: the statistics of the keys, a scratch for each worker and, if chunks are the tasks, the
-// gradients in flight and the sums.
+// The memory of one call: the statistics of the keys, a scratch for each worker and, if chunks are the tasks,
+// the gradients in flight and the sums.
 template <class C>
 struct TttMemory {
   TttShape<C> shape;
@@ -122,9 +123,11 @@ struct TttMemory {
   }
 };
 
+// Whole packs, as all panels are.
 template <class C>
-void add_to(C* sum, const C* terms, Index count) {
-  for (Index i = 0; i < count; ++i) sum[i] += terms[i];
+LINATTN_NOINLINE void add_to(C* sum, const C* terms, Index count) {
+  for (Index i = 0; i < count; i += Pack<C>::size)
+    (Pack<C>::load(sum + i) + Pack<C>::load(terms + i)).store(sum + i);
 }
 
 // A reader of the tokens of batch entry b, head h, and its taps in the scratch.
@@ -207,9 +210,9 @@ void chunk_gradient(const TttShape<C>& shape, TokenReader<C, T>& keys, const T* 
     const Index tokens = std::min(ttt_tile, end - t);
     keys.read(t, tokens, s.x);
     read_errors<Loss>(shape, v + t * v_step, v_step, tokens, s.rows, s.panels);
-    const Index next = t + tokens, burst = shape.key_burst();
+    const Index next = t + tokens, calls = shape.key_products();
     Prefetch prefetch{
-        keys.ahead(next, burst), Ahead::rows(v, v_step, next, keys.tokens, shape.head_dim, burst), {}};
+        keys.ahead(next, calls), Ahead::rows(v, v_step, next, keys.tokens, shape.head_dim, calls), {}};
     if constexpr (Model::has_activation)
       differentiate<Model>(shape, s.x, tokens, s.weights, s.activation, s.derivatives, prefetch);
     if constexpr (Loss::needs_prediction) {
@@ -247,9 +250,9 @@ void answer_queries(const TttShape<C>& shape, TokenReader<C, T>& queries, T* out
   for (Index t = first; t < end; t += ttt_tile) {
     const Index tokens = std::min(ttt_tile, end - t);
     queries.read(t, tokens, s.x);
-    const Index next = t + tokens, burst = shape.query_burst();
+    const Index next = t + tokens, calls = shape.query_products();
     Prefetch prefetch{
-        queries.ahead(next, burst), {}, Ahead::rows(out, out_step, t, end, shape.head_dim, burst)};
+        queries.ahead(next, calls), {}, Ahead::rows(out, out_step, t, end, shape.head_dim, calls)};
     if constexpr (Model::has_activation) activate<Model>(shape, s.x, tokens, fast, s.activation, prefetch);
     if constexpr (Model::has_output) {
       multiply_rows(shape, s.activation, tokens, fast + shape.in_size(), s.rows, prefetch);
@@ -308,7 +311,8 @@ struct TttLearner {
     step(s, s.fast);
   }
 
-  // All heads by chunks: the sums of the gradients in memory.sums. Slots are filled in waves and added in order.
+  // All heads by chunks: the sums of the gradients in memory.sums. Slots are filled in waves and added in
+  // order.
   template <ParallelPolicy P>
   void sum_gradients(const P& parallel) const {
     const Index size = memory.shape.size(), chunks = memory.plan.k_chunks, heads = k.extent(2);
@@ -353,29 +357,24 @@ struct TttAnswerer {
   }
 };
 
-template <ParallelPolicy P>
-[[nodiscard]] Index worker_count(const P& parallel) {
-  return static_cast<Index>(parallel.workers());
-}
-
 }  // namespace detail
 
-// Bytes of scratch. A set of tiles and weights a worker; the statistics of the keys and two rows of the grid if the
-// prologue asks for them; it does not grow with the tokens.
-template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, ParallelPolicy P, Storage T,
-          class W>
+// Bytes of scratch: a set of tiles and weights a worker, and for the prologue the statistics of the keys and
+// two rows of the grid a worker; it does not grow with the tokens.
+template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, InnerStep Step = Plain, ParallelPolicy P,
+          Storage T, Storage W>
 [[nodiscard]] std::size_t ttt_workspace(const Cpu<P>& ctx, In<T, 4> q, In<T, 4> k, In<T, 4>,
                                         const TttWeights<W>&, const TensorView<T, 4>&,
                                         const std::type_identity_t<TttOptions<W>>& options = {}) {
   Carver carver(Workspace{});
-  (void)detail::TttMemory<Compute<T>>::template take<Model, T, W>(carver, detail::worker_count(ctx.parallel),
-                                                                  &k, &q, options);
+  (void)detail::TttMemory<Compute<T>>::template take<Model, T, W>(
+      carver, static_cast<Index>(ctx.parallel.workers()), &k, &q, options);
   return carver.used();
 }
 
 // out = f(q; W - inner_lr * dl/dW (k, v)). See ttt.hpp.
-template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, ParallelPolicy P, Storage T,
-          class W>
+template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, InnerStep Step = Plain, ParallelPolicy P,
+          Storage T, Storage W>
 [[nodiscard]] Status ttt(const Cpu<P>& ctx, In<T, 4> q, In<T, 4> k, In<T, 4> v, const TttWeights<W>& weights,
                          const TensorView<T, 4>& out,
                          const std::type_identity_t<TttOptions<W>>& options = {}) {
@@ -384,7 +383,7 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, P
   if (!status.ok()) return status;
   Carver carver(ctx.workspace);
   const auto memory = detail::TttMemory<C>::template take<Model, T, W>(
-      carver, detail::worker_count(ctx.parallel), &k, &q, options);
+      carver, static_cast<Index>(ctx.parallel.workers()), &k, &q, options);
   const Status space = carver.check("ttt, workspace");
   if (!space.ok()) return space;
 
@@ -416,8 +415,8 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, P
   return {};
 }
 
-template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, ParallelPolicy P, class T,
-          class W>
+template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, InnerStep Step = Plain, ParallelPolicy P,
+          class T, Storage W>
 [[nodiscard]] std::size_t ttt_update_workspace(const Cpu<P>& ctx, const TensorView<T, 4>& k,
                                                In<std::remove_const_t<T>, 4>, const TttWeights<W>&,
                                                const FastWeights<Compute<T>>&,
@@ -426,13 +425,13 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, P
   const TensorView<const Key, 4> keys = k;
   Carver carver(Workspace{});
   (void)detail::TttMemory<Compute<T>>::template take<Model, Key, W>(
-      carver, detail::worker_count(ctx.parallel), &keys, nullptr, options);
+      carver, static_cast<Index>(ctx.parallel.workers()), &keys, nullptr, options);
   return carver.used();
 }
 
 // fast_weights = W - inner_lr * dl/dW (k, v), for each batch entry and head. T is that of k. See ttt.hpp.
-template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, ParallelPolicy P, class T,
-          class W>
+template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, InnerStep Step = Plain, ParallelPolicy P,
+          class T, Storage W>
 [[nodiscard]] Status ttt_update(const Cpu<P>& ctx, const TensorView<T, 4>& k, In<std::remove_const_t<T>, 4> v,
                                 const TttWeights<W>& weights, const FastWeights<Compute<T>>& fast_weights,
                                 const std::type_identity_t<TttOptions<W>>& options = {}) {
@@ -443,7 +442,7 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, P
   if (!status.ok()) return status;
   Carver carver(ctx.workspace);
   const auto memory = detail::TttMemory<C>::template take<Model, Key, W>(
-      carver, detail::worker_count(ctx.parallel), &keys, nullptr, options);
+      carver, static_cast<Index>(ctx.parallel.workers()), &keys, nullptr, options);
   const Status space = carver.check("ttt_update, workspace");
   if (!space.ok()) return space;
 
@@ -467,18 +466,18 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, P
   return {};
 }
 
-template <class Model = SwiGlu, ParallelPolicy P, Storage T, class W = T>
+template <InnerModel Model = SwiGlu, ParallelPolicy P, Storage T, Storage W = T>
 [[nodiscard]] std::size_t ttt_apply_workspace(const Cpu<P>& ctx, In<T, 4> q,
                                               const std::type_identity_t<FastWeights<const Compute<T>>>&,
                                               const TensorView<T, 4>&, const TttOptions<W>& options = {}) {
   Carver carver(Workspace{});
-  (void)detail::TttMemory<Compute<T>>::template take<Model, T, W>(carver, detail::worker_count(ctx.parallel),
-                                                                  nullptr, &q, options);
+  (void)detail::TttMemory<Compute<T>>::template take<Model, T, W>(
+      carver, static_cast<Index>(ctx.parallel.workers()), nullptr, &q, options);
   return carver.used();
 }
 
 // out = f(q; fast_weights). Of the options only the prologue's part for q matters. See ttt.hpp.
-template <class Model = SwiGlu, ParallelPolicy P, Storage T, class W = T>
+template <InnerModel Model = SwiGlu, ParallelPolicy P, Storage T, Storage W = T>
 [[nodiscard]] Status ttt_apply(const Cpu<P>& ctx, In<T, 4> q,
                                const std::type_identity_t<FastWeights<const Compute<T>>>& fast_weights,
                                const TensorView<T, 4>& out, const TttOptions<W>& options = {}) {
@@ -487,7 +486,7 @@ template <class Model = SwiGlu, ParallelPolicy P, Storage T, class W = T>
   if (!status.ok()) return status;
   Carver carver(ctx.workspace);
   const auto memory = detail::TttMemory<C>::template take<Model, T, W>(
-      carver, detail::worker_count(ctx.parallel), nullptr, &q, options);
+      carver, static_cast<Index>(ctx.parallel.workers()), nullptr, &q, options);
   const Status space = carver.check("ttt_apply, workspace");
   if (!space.ok()) return space;
 

@@ -131,7 +131,8 @@ struct SquaredError {
   }
 };
 
-// An inner step says what a weight becomes. The gradient comes without the factor scale / N, which the rate holds.
+// An inner step says what a weight becomes. The gradient comes without the factor scale / N, which the rate
+// holds.
 template <class S>
 concept InnerStep = requires(float x) {
   { S::step(x, x, x) } -> std::same_as<float>;
