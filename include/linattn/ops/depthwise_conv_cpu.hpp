@@ -16,8 +16,12 @@
 LINATTN_BEGIN
 namespace detail {
 
-inline constexpr Index conv_block = 128;  // channels whose kernel and neighbourhood stay in the first cache
-inline constexpr Index conv_group = 4;    // outputs side by side that share what they load
+// A task walks down a strip of the grid with the last three rows in a window of its own: contiguous, widened
+// once, zero outside the grid. In place the rows lie a power of two apart as often as not, and evict each other.
+// Kernel and window of a block of channels fit a first-level cache together.
+inline constexpr Index conv_block = 64;  // channels
+inline constexpr Index conv_strip = 16;  // columns, and one more on either side
+inline constexpr Index conv_group = 4;   // outputs side by side that share what they load
 
 // Kernel and bias of `count` channels from `channel` on, tap by tap: taps[t * conv_block + c], the bias last.
 template <class C, class W, class B>
@@ -29,40 +33,55 @@ inline void lay_out_taps(const TensorView<W, 4>& weight, const TensorView<B, 1>&
   }
 }
 
-// `Group` outputs side by side. x[row][column] points to the first channel of a neighbour, or to zeros.
-template <int Group, class C, class T>
-LINATTN_INLINE void conv_outputs(const T* const (&x)[3][conv_group + 2], const C* taps, Index channels,
-                                 bool residual, T* out, Index out_step) {
-  for_each_pack<C>(0, channels, [&](Index c, auto lanes) {
-    Pack<C> y[Group];
-    for (int g = 0; g < Group; ++g)
-      y[g] = conv_output<C>(
-          Pack<C>::load(taps + 9 * conv_block + c),
-          [&](int t) { return Pack<C>::load(taps + t * conv_block + c); },
-          [&](int i, int j) { return lanes.load(x[i][g + j] + c); }, residual);
-    for (int g = 0; g < Group; ++g) lanes.store(out + g * out_step + c, y[g]);
-  });
+// Columns [first - 1, first + conv_strip] of a row of the grid; x is its column 0, or null for a row of zeros.
+template <class C, class T>
+LINATTN_NOINLINE void load_conv_row(const T* x, Index step, Index first, Index width, Index channels, C* to) {
+  for (Index column = first - 1; column <= first + conv_strip; ++column, to += conv_block) {
+    const T* const from = x != nullptr && column >= 0 && column < width ? x + column * step : nullptr;
+    for_each_pack<C>(0, channels, [&](Index c, auto lanes) {
+      (from != nullptr ? lanes.load(from + c) : Pack<C>::zero()).store(to + c);
+    });
+  }
 }
 
-// One row of the grid. `x` and `out` point to the first channel of the row's first token.
+// `columns` outputs of one row, from the three rows of the window.
 template <class C, class T>
-LINATTN_NOINLINE void conv_row(const T* x, Index x_step, T* out, Index out_step, const TokenGrid& grid,
-                               Index row, const C* taps, const T* zeros, Index channels, bool residual) {
-  const auto neighbour = [&](Index i, Index column) {
-    const bool inside = column >= 0 && column < grid.width && row + i >= 0 && row + i < grid.height;
-    return inside ? x + (i * grid.width + column) * x_step : zeros;
+LINATTN_NOINLINE void conv_row(const C* above, const C* here, const C* below, const C* taps, Index columns,
+                               Index channels, bool residual, T* out, Index step) {
+  const C* const window[3] = {above, here, below};
+  for (Index first = 0; first < columns; first += conv_group) {
+    const Index count = std::min(conv_group, columns - first);
+    for_each_pack<C>(0, channels, [&](Index c, auto lanes) {
+      Pack<C> y[conv_group];
+      for (Index g = 0; g < conv_group; ++g)
+        y[g] = conv_output<C>(
+            Pack<C>::load(taps + 9 * conv_block + c),
+            [&](int t) { return Pack<C>::load(taps + t * conv_block + c); },
+            [&](int i, int j) { return Pack<C>::load(window[i] + (first + g + j) * conv_block + c); },
+            residual);
+      for (Index g = 0; g < count; ++g) lanes.store(out + (first + g) * step + c, y[g]);
+    });
+  }
+}
+
+// Rows [first_row, first_row + rows) of `columns` columns of the grid from `first` on. x and out: the grid's first
+// token, at the first of the block's channels.
+template <class C, class T>
+void conv_strip_rows(const T* x, Index x_step, T* out, Index out_step, const TokenGrid& grid, Index first_row,
+                     Index rows, Index first, const C* taps, Index channels, bool residual) {
+  constexpr Index row_size = (conv_strip + 2) * conv_block;
+  C window[3][row_size];
+  const auto load_row = [&](Index row) {
+    const T* const from = row >= 0 && row < grid.height ? x + row * grid.width * x_step : nullptr;
+    load_conv_row(from, x_step, first, grid.width, channels, window[(row + 3) % 3]);
   };
-  const T* near[3][conv_group + 2];
-  for (Index column = 0; column < grid.width;) {
-    const bool group = column + conv_group <= grid.width;
-    for (Index i = 0; i < 3; ++i)
-      for (Index j = 0; j < (group ? conv_group : 1) + 2; ++j) near[i][j] = neighbour(i - 1, column + j - 1);
-    T* const to = out + column * out_step;
-    if (group)
-      conv_outputs<conv_group>(near, taps, channels, residual, to, out_step);
-    else
-      conv_outputs<1>(near, taps, channels, residual, to, out_step);
-    column += group ? conv_group : 1;
+  load_row(first_row - 1);
+  load_row(first_row);
+  for (Index row = first_row; row < first_row + rows; ++row) {
+    load_row(row + 1);
+    conv_row(window[(row + 2) % 3], window[row % 3], window[(row + 1) % 3], taps,
+             std::min(conv_strip, grid.width - first), channels, residual,
+             out + (row * grid.width + first) * out_step, out_step);
   }
 }
 
@@ -84,21 +103,21 @@ template <ParallelPolicy P, Storage T, class W, class B>
               head_dim = from.extent(3);
   const TokenGrid& grid = options.grid;
 
-  // Bands of about 512 tokens: laying the kernel out and reading the rows beside the band are then small change.
-  const Index band = std::max<Index>(1, 512 / grid.width), bands = (grid.height + band - 1) / band;
-  const Index blocks = (head_dim + detail::conv_block - 1) / detail::conv_block;
+  // Bands of 32 rows: the two rows beside a band and the layout of the kernel are then small change.
+  constexpr Index band = 32;
+  const Index bands = (grid.height + band - 1) / band,
+              blocks = (head_dim + detail::conv_block - 1) / detail::conv_block;
   ctx.parallel.run(batch * bands * heads * blocks, [&](Index task, Index) {
     const Index begin = task % blocks * detail::conv_block, h = task / blocks % heads;
     const Index first_row = task / blocks / heads % bands * band, b = task / blocks / heads / bands;
     const Index channels = std::min(detail::conv_block, head_dim - begin);
     C taps[10 * detail::conv_block] = {};
-    const T zeros[detail::conv_block] = {};
     detail::lay_out_taps(weight, bias, h * head_dim + begin, channels, taps);
-    for (Index row = first_row; row < std::min(first_row + band, grid.height); ++row) {
-      const Index token = grid.offset + row * grid.width;
-      detail::conv_row(from.pointer(b, token, h, begin), from.stride(1), to.pointer(b, token, h, begin),
-                       to.stride(1), grid, row, taps, zeros, channels, options.residual);
-    }
+    for (Index first = 0; first < grid.width; first += detail::conv_strip)
+      detail::conv_strip_rows(from.pointer(b, grid.offset, h, begin), from.stride(1),
+                              to.pointer(b, grid.offset, h, begin), to.stride(1), grid, first_row,
+                              std::min(band, grid.height - first_row), first, taps, channels,
+                              options.residual);
   });
 
   const Index outside = tokens - grid.tokens();
