@@ -73,8 +73,16 @@ LINATTN_INLINE void store_row(const C* from, Index count, S* to) {
   for (; i < count; ++i) to[i] = convert<S>(from[i]);
 }
 
+// A tile of sums along the inputs, in registers beside a column of weights and one x.
+inline constexpr int dot_columns = 4;
+#if defined(__AVX512F__)
+inline constexpr int dot_rows = 4;
+#else
+inline constexpr int dot_rows = 2;
+#endif
+
 // sums[r][c] += sum_k x[r][k] weight[c][k], both sides read along k. With Ahead, `ahead` is the weight that is
-// wanted next: at 2-4 rows of 16-bit weights the machine's own prefetcher reaches half of the bandwidth.
+// wanted next: rows of a few KB are too short for the machine's own prefetcher, which reaches half of the bandwidth.
 template <int Rows, int Columns, bool Ahead, class C, class W>
 LINATTN_INLINE void dot_tile(const C* x, Index x_stride, const W* weight, const W* ahead, Index weight_stride,
                              Index depth, C* sums, Index sums_stride) {
@@ -146,14 +154,14 @@ LINATTN_NOINLINE void multiply_few_rows(const C* x, Index x_stride, Index rows, 
                                    sums + row * sums_stride, sums_stride);
     row += Rows;
   };
-  if (rows >= 4) {
-    tile.template operator()<4, true>();
+  if (rows >= dot_rows) {
+    tile.template operator()<dot_rows, true>();
   } else if (rows >= 2) {
     tile.template operator()<2, true>();
   } else {
     tile.template operator()<1, true>();
   }
-  while (rows - row >= 4) tile.template operator()<4, false>();
+  while (rows - row >= dot_rows) tile.template operator()<dot_rows, false>();
   while (rows - row >= 2) tile.template operator()<2, false>();
   while (rows - row >= 1) tile.template operator()<1, false>();
 }
@@ -199,11 +207,12 @@ void linear_task(const TensorView<const X, R>& x, const TensorView<W, 2>& weight
     if (plan.few) {
       const W* const block = weight.pointer(first_column, first);
       const Index stride = weight.stride(0);
+      constexpr int at_once = dot_columns;
       Index c = 0;
-      for (; c + 4 <= columns; c += 4)
-        multiply_few_rows<4>(scratch.x, scratch.x_stride, rows, block + c * stride,
-                             c + 8 <= columns ? block + (c + 4) * stride : block, stride, depth,
-                             scratch.sums + c, scratch.sums_stride);
+      for (; c + at_once <= columns; c += at_once)
+        multiply_few_rows<at_once>(scratch.x, scratch.x_stride, rows, block + c * stride,
+                                   c + 2 * at_once <= columns ? block + (c + at_once) * stride : block,
+                                   stride, depth, scratch.sums + c, scratch.sums_stride);
       for (; c < columns; ++c)
         multiply_few_rows<1>(scratch.x, scratch.x_stride, rows, block + c * stride, block, stride, depth,
                              scratch.sums + c, scratch.sums_stride);
