@@ -15,6 +15,7 @@
 
 #include <linattn/version.hpp>
 #include <linattn/weights/file_status.hpp>
+#include <linattn/weights/mapped_file.hpp>
 
 LINATTN_BEGIN
 
@@ -61,6 +62,23 @@ class AtomicFile {
     return {};
   }
   [[nodiscard]] FileStatus write(std::string_view text) { return write(std::as_bytes(std::span(text))); }
+
+  // Bytes of a mapped file. The kernel moves them by itself where it can (Linux, most file systems), else they
+  // are read through the mapping and released at once: either way the memory of this process does not grow.
+  [[nodiscard]] FileStatus write(const MappedFile& from, std::span<const std::byte> bytes) {
+#if defined(__linux__)
+    off_t offset = bytes.data() - from.bytes().data();
+    while (file_ >= 0 && !bytes.empty()) {
+      const ssize_t count = ::copy_file_range(from.descriptor(), &offset, file_, nullptr, bytes.size(), 0);
+      if (count < 0 && errno == EINTR) continue;
+      if (count <= 0) break;  // whatever the reason, write() below succeeds or names it
+      bytes = bytes.subspan(static_cast<std::size_t>(count));
+    }
+#endif
+    FileStatus status = write(bytes);
+    from.release(bytes);
+    return status;
+  }
 
   [[nodiscard]] FileStatus commit() {
     if (file_ < 0) return detail::file_error(target_, "not open for writing", {}, Code::option);

@@ -554,7 +554,7 @@ using Progress = std::function<bool(std::uint64_t done, std::uint64_t total)>;
 
 namespace detail {
 
-// Moves mapped bytes into files piece by piece, so that no more than one piece is in this process at a time.
+// Moves mapped bytes into files piece by piece, to tell the progress between them.
 class Mover {
  public:
   Mover(std::uint64_t total, const Progress& progress) : total_(total), progress_(progress) {}
@@ -563,8 +563,7 @@ class Mover {
   [[nodiscard]] FileStatus move(const MappedFile& from, std::span<const std::byte> bytes, Sink& to) {
     while (!bytes.empty()) {
       const std::span<const std::byte> part = bytes.first(std::min(bytes.size(), piece));
-      if (FileStatus status = to.write(part); !status.ok()) return status;
-      from.release(part);
+      if (FileStatus status = to.write(from, part); !status.ok()) return status;
       bytes = bytes.subspan(part.size());
       if (FileStatus status = advance(part.size()); !status.ok()) return status;
     }
@@ -578,7 +577,8 @@ class Mover {
   }
 
  private:
-  static constexpr std::size_t piece = std::size_t{8} << 20;
+  // No multiple of a page: ext4 of Linux 6.18 took twice the time for pieces that begin on one.
+  static constexpr std::size_t piece = 10'000'000;
   std::uint64_t done_ = 0, total_;
   const Progress& progress_;
 };
@@ -681,7 +681,6 @@ class AtomicFolder {
   SafetensorsWriter writer;
   if (FileStatus status = SafetensorsWriter::create(target, specs, metadata, writer); !status.ok())
     return status;
-  source.shards()[shard].expect_sequential();
   std::vector<std::byte> values;
   for (const PlanItem& item : plan.items) {
     if (item.shard != shard || item.from == Source::drop) continue;
@@ -751,7 +750,6 @@ class AtomicFolder {
     MappedFile from;
     AtomicFile to;
     if (FileStatus status = MappedFile::open(checkpoint.root / path, from); !status.ok()) return status;
-    from.expect_sequential();
     if (FileStatus status = AtomicFile::create(target / path, to); !status.ok()) return status;
     if (FileStatus status = mover.move(from, from.bytes(), to); !status.ok()) return status;
     if (FileStatus status = to.commit(); !status.ok()) return status;

@@ -24,49 +24,44 @@ class MappedFile {
  public:
   MappedFile() = default;
   MappedFile(MappedFile&& other) noexcept
-      : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})) {}
+      : path_(std::move(other.path_)),
+        descriptor_(std::exchange(other.descriptor_, -1)),
+        bytes_(std::exchange(other.bytes_, {})) {}
   MappedFile& operator=(MappedFile&& other) noexcept {
     std::swap(path_, other.path_);
+    std::swap(descriptor_, other.descriptor_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
   ~MappedFile() {
     if (!bytes_.empty()) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
+    if (descriptor_ >= 0) ::close(descriptor_);
   }
 
   // Maps a regular file. Only a regular one: a pipe has no size.
   [[nodiscard]] static FileStatus open(const std::filesystem::path& path, MappedFile& out) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (file < 0) return detail::system_error(path, "open", errno);
-    struct ::stat info {};
-    void* memory = nullptr;
-    FileStatus status;
     MappedFile mapped;
     mapped.path_ = path;
-    if (::fstat(file, &info) != 0) {
-      status = detail::system_error(path, "examine", errno);
-    } else if (!S_ISREG(info.st_mode)) {
-      status = detail::file_error(path, "not a regular file");
-    } else if (info.st_size > 0) {
+    mapped.descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (mapped.descriptor_ < 0) return detail::system_error(path, "open", errno);
+    struct ::stat info {};
+    if (::fstat(mapped.descriptor_, &info) != 0) return detail::system_error(path, "examine", errno);
+    if (!S_ISREG(info.st_mode)) return detail::file_error(path, "not a regular file");
+    if (info.st_size > 0) {
       const auto size = static_cast<std::size_t>(info.st_size);
-      memory = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
-      if (memory == MAP_FAILED)
-        status = detail::system_error(path, "map", errno);
-      else
-        mapped.bytes_ = {static_cast<const std::byte*>(memory), size};
+      void* const memory = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, mapped.descriptor_, 0);
+      if (memory == MAP_FAILED) return detail::system_error(path, "map", errno);
+      mapped.bytes_ = {static_cast<const std::byte*>(memory), size};
     }
-    ::close(file);
-    if (status.ok()) out = std::move(mapped);
-    return status;
+    out = std::move(mapped);
+    return {};
   }
 
   [[nodiscard]] std::span<const std::byte> bytes() const { return bytes_; }
   [[nodiscard]] const std::filesystem::path& path() const { return path_; }
 
-  // Tells the system that the file will be read from front to back.
-  void expect_sequential() const {
-    if (!bytes_.empty()) ::madvise(const_cast<std::byte*>(bytes_.data()), bytes_.size(), MADV_SEQUENTIAL);
-  }
+  // The open file, for system calls that take one; -1 if there is none.
+  [[nodiscard]] int descriptor() const { return descriptor_; }
 
   // Takes the whole pages inside `part` out of this process; touching them reads them again.
   void release(std::span<const std::byte> part) const {
@@ -78,6 +73,7 @@ class MappedFile {
 
  private:
   std::filesystem::path path_;
+  int descriptor_ = -1;
   std::span<const std::byte> bytes_;
 };
 

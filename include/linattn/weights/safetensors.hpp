@@ -544,12 +544,14 @@ class SafetensorsWriter {
     return {};
   }
 
-  // The next bytes of the data section.
+  // The next bytes of the data section; with `from`, bytes that lie in that mapped file.
   [[nodiscard]] FileStatus write(std::span<const std::byte> bytes) {
-    if (bytes.size() > remaining_)
-      return detail::file_error(path_, "more data than its tensors take", {}, Code::option);
-    remaining_ -= bytes.size();
-    return file_.write(bytes);
+    FileStatus status = take(bytes.size());
+    return status.ok() ? file_.write(bytes) : status;
+  }
+  [[nodiscard]] FileStatus write(const MappedFile& from, std::span<const std::byte> bytes) {
+    FileStatus status = take(bytes.size());
+    return status.ok() ? file_.write(from, bytes) : status;
   }
 
   [[nodiscard]] FileStatus finish() {
@@ -560,6 +562,13 @@ class SafetensorsWriter {
   }
 
  private:
+  [[nodiscard]] FileStatus take(std::size_t bytes) {
+    if (bytes > remaining_)
+      return detail::file_error(path_, "more data than its tensors take", {}, Code::option);
+    remaining_ -= bytes;
+    return {};
+  }
+
   AtomicFile file_;
   std::filesystem::path path_;
   std::size_t remaining_ = 0;
