@@ -39,10 +39,10 @@ void sample(Runtime& rt, const Mmdit<T>& transformer, const Conditioning<T>& tex
 
 /// Where the weights are. A path is what Checkpoint::open takes; an empty one falls back on `model`.
 struct ModelFiles {
-  std::filesystem::path model;        // a full single file, or a diffusers folder
-  std::filesystem::path transformer;  // the transformer alone
-  std::filesystem::path vae, clip_l, clip_g, t5;
-  std::filesystem::path tokenizers;  // folder of the tokenizers, where `model` is no folder that has them
+  std::filesystem::path model{};        // a full single file, or a diffusers folder
+  std::filesystem::path transformer{};  // the transformer alone
+  std::filesystem::path vae{}, clip_l{}, clip_g{}, t5{};
+  std::filesystem::path tokenizers{};  // folder of the tokenizers, where `model` is no folder that has them
 };
 
 /// What is unset is the model's default: 1024 x 1024 or the model's largest square, and by its kind 40 steps
