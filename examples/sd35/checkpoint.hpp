@@ -23,7 +23,7 @@ enum class Component : std::uint8_t { transformer, vae, clip_l, clip_g, t5 };
 // "CLIP-L text encoder"
 [[nodiscard]] std::string_view name(Component component);
 
-// Names are those of the official single file, without their prefix (spec: transformer `joint_blocks.0...`,
+// Names are those of the official single file, without their prefix (transformer `joint_blocks.0...`,
 // VAE `decoder.up.0...`, CLIP `text_model...`, T5 `encoder.block.0...`); a diffusers folder is mapped onto
 // them. Two things differ from the files, so that both layouts read alike:
 // - q, k and v are tensors of their own: `x_block.attn.q.weight` is the first third of the fused

@@ -54,7 +54,8 @@ bool is_number(std::string_view text) {
 }
 
 // The stretches of text outside and inside parentheses, in order, without the parentheses and the weights.
-void split_weights(std::string_view text, std::vector<std::string>& out) {
+void split_weights(std::string_view text, std::vector<std::string>& out, int level = 0) {
+  if (level > 1000) throw std::runtime_error("prompt: more than 1000 parentheses inside each other");
   const auto add = [&](std::string_view part) {
     if (part.size() < 2 || part.front() != '(' || part.back() != ')') {
       if (!part.empty()) out.emplace_back(part);
@@ -63,7 +64,7 @@ void split_weights(std::string_view text, std::vector<std::string>& out) {
     part = part.substr(1, part.size() - 2);
     const std::size_t colon = part.rfind(':');
     const bool weight = colon != std::string_view::npos && colon > 0 && is_number(part.substr(colon + 1));
-    split_weights(weight ? part.substr(0, colon) : part, out);
+    split_weights(weight ? part.substr(0, colon) : part, out, level + 1);
   };
   int depth = 0;
   std::size_t begin = 0;

@@ -185,6 +185,10 @@ TEST_CASE("the official tokenization drops weights and cuts at words") {
   check("(unclosed cat", {"(unclosed", "cat"});
   check("a) (b) c", {"a)", "(b)", "c"});  // a stray parenthesis hides the next pair
   check("((a)", {"(a"});
+  check(std::string(1000, '(') + "a" + std::string(1000, ')'), {"a"});
+  CHECK_THROWS_WITH_AS(
+      (void)sd35::official_clip_ids(tokenizer, std::string(200000, '(') + std::string(200000, ')'), 0),
+      doctest::Contains("parentheses"), std::runtime_error);
 
   // A short word that does not fit ends the row; a long one fills it.
   const std::string word = "red";
