@@ -827,3 +827,30 @@ TEST_CASE("conversion: what a file says and what it holds must agree") {
   require_ok(read_conversion(opened(path), conversion, folder / "config.json"));
   CHECK(conversion == odd);
 }
+
+TEST_CASE("inherit: the tiny model that diffusers wrote, with trained-size weights of all its modules") {
+  const fs::path model = fs::path(TEST_DATA) / "sd35-tiny";
+  const Safetensors init = opened(fs::path(TEST_DATA) / "sd35-tiny-ref/t5.safetensors");
+  const Safetensors before = opened(model / "transformer");
+  for (const auto& [choice, expected] :
+       {std::pair("paper", "joint 3, attn2 0-1"), {"all", "joint 0-3, attn2 0-1"}}) {
+    TemporaryFolder folder;
+    const InheritOptions options{
+        .replace = choice, .init = Initialisation::file, .init_file = &init, .inner_model = {}};
+    Checkpoint checkpoint;
+    Plan plan;
+    require_ok(open_checkpoint(model, checkpoint));
+    require_ok(make_plan(checkpoint, options, plan));
+    CHECK(describe(plan.replaced) == expected);
+    CHECK(plan.replaced.size() * 7 + plan.not_needed.size() == init.tensors().size());
+    require_ok(apply(checkpoint, plan, options, folder / "t5"));
+    const Safetensors after = opened(folder / "t5/transformer");
+    for (const TensorInfo& info : before.tensors()) CHECK(same_bytes(info, *after.find(info.name)));
+    for (const TensorInfo& info : after.tensors())
+      if (before.find(info.name) == nullptr) CHECK(same_bytes(info, *init.find(info.name)));
+    CHECK(after.tensors().size() == before.tensors().size() + 7 * plan.replaced.size());
+    Conversion conversion;
+    require_ok(read_conversion(after, conversion, folder / "t5/transformer/config.json"));
+    CHECK(conversion.size() == plan.replaced.size());
+  }
+}
