@@ -76,7 +76,8 @@ void activate_gated(Runtime& rt, Activation activation, TensorView<T, 3> x, In<T
     T* const row = x.pointer(b, r);
     const T* const other = gate.pointer(b, r);
     activate_row<T>(activation, row, row, x.extent(2));
-    for (Index c = 0; c < x.extent(2); ++c) row[c] *= other[c];
+    map_row(
+        row, x.extent(2), [](auto u, auto v) { return u * v; }, row, other);
   });
 }
 
@@ -86,7 +87,8 @@ void add(Runtime& rt, TensorView<T, 3> x, In<T, 3> y) {
   for_rows(rt, x, [&](Index b, Index r) {
     T* const row = x.pointer(b, r);
     const T* const other = y.pointer(b, r);
-    for (Index c = 0; c < x.extent(2); ++c) row[c] += other[c];
+    map_row(
+        row, x.extent(2), [](auto u, auto v) { return u + v; }, row, other);
   });
 }
 
@@ -99,7 +101,8 @@ void add_gated(Runtime& rt, TensorView<T, 3> x, In<T, 2> gate, In<T, 3> y) {
     T* const row = x.pointer(b, r);
     const T* const other = y.pointer(b, r);
     const T* const factor = gate.pointer(b);
-    for (Index c = 0; c < x.extent(2); ++c) row[c] += factor[c] * other[c];
+    map_row(
+        row, x.extent(2), [](auto u, auto f, auto v) { return fma(f, v, u); }, row, factor, other);
   });
 }
 
