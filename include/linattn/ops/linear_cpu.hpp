@@ -82,7 +82,7 @@ inline constexpr int dot_rows = 2;
 #endif
 
 // sums[r][c] += sum_k x[r][k] weight[c][k], both sides read along k. With Ahead, `ahead` is the weight that is
-// wanted next: rows of a few KB are too short for the machine's own prefetcher, which reaches half of the bandwidth.
+// wanted next: rows of a few KB are too short for the machine's own prefetcher, which reaches half the bandwidth.
 template <int Rows, int Columns, bool Ahead, class C, class W>
 LINATTN_INLINE void dot_tile(const C* x, Index x_stride, const W* weight, const W* ahead, Index weight_stride,
                              Index depth, C* sums, Index sums_stride) {
