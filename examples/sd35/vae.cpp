@@ -74,9 +74,14 @@ void convolve(Runtime& rt, const typename VaeDecoder<T>::Image& x, const typenam
       linattn::Workspace rest;
     };
     constexpr Index pixels = tile_height * tile_width;
-    const std::size_t product =
-        linattn::linear_workspace(serial, TensorView<const T, 2>{nullptr, {pixels, taps}}, matrix, bias,
-                                  TensorView<T, 2>{nullptr, {pixels, filters}});
+    // Tiles at the right and the lower edge are products of other shapes, which may need more than a whole one.
+    std::size_t product = 0;
+    for (const Index rows : {std::min(tile_height, out.height), out.height % tile_height})
+      for (const Index columns : {std::min(tile_width, out.width), out.width % tile_width})
+        if (const Index tile = rows * columns; tile > 0)
+          product = std::max(
+              product, linattn::linear_workspace(serial, TensorView<const T, 2>{nullptr, {tile, taps}},
+                                                 matrix, bias, TensorView<T, 2>{nullptr, {tile, filters}}));
     const auto carve = [&](linattn::Carver& carver) {
       Scratch s;
       s.patch = carver.template take<T>((tile_height + 2) * (tile_width + 2) * channels);
