@@ -239,6 +239,7 @@ TEST_CASE("the VAE decoder follows its formula, whatever the tiles cut") {
   SUBCASE("three levels, batch of two") { check_vae<double>(Dtype::bf16, {4, 12, 8}, 2, 2, 3, 5); }
   SUBCASE("no upsampling") { check_vae<double>(Dtype::f32, {8}, 1, 1, 9, 33); }
   SUBCASE("beyond a tile in both axes") { check_vae<double>(Dtype::f64, {4, 8}, 1, 1, 9, 17); }
+  SUBCASE("tiles of other shapes at the edges") { check_vae<float>(Dtype::f16, {32, 64}, 1, 1, 6, 10); }
   SUBCASE("float") { check_vae<float>(Dtype::f16, {4, 8}, 1, 1, 5, 18); }
 }
 
