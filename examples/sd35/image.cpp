@@ -88,21 +88,22 @@ void write_directly(const fs::path& path, std::string_view bytes) {
 }  // namespace
 
 template <class T>
-Image to_image(std::span<const T> pixels, Index width, Index height) {
+Image to_image(std::span<const T> pixels, Index width, Index height, Rounding rounding) {
+  const T up = rounding == Rounding::nearest ? T(0.5) : T(0);
   if (static_cast<Index>(pixels.size()) != width * height * 3)
     throw std::logic_error(std::to_string(pixels.size()) + " values for a picture of " +
                            std::to_string(width) + " x " + std::to_string(height));
   Image image{width, height, std::vector<std::uint8_t>(pixels.size())};
   for (std::size_t i = 0; i < pixels.size(); ++i) {
-    const T level = (pixels[i] + 1) / 2 * 255 + T(0.5);
+    const T level = (pixels[i] + 1) / 2 * 255 + up;
     image.rgb[i] = level >= 255 ? std::uint8_t{255}
                    : level >= 0 ? static_cast<std::uint8_t>(level)
                                 : std::uint8_t{0};
   }
   return image;
 }
-template Image to_image<float>(std::span<const float>, Index, Index);
-template Image to_image<double>(std::span<const double>, Index, Index);
+template Image to_image<float>(std::span<const float>, Index, Index, Rounding);
+template Image to_image<double>(std::span<const double>, Index, Index, Rounding);
 
 Image side_by_side(std::span<const Image> images, Index gap) {
   Image result;

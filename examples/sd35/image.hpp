@@ -19,10 +19,13 @@ struct Image {
   [[nodiscard]] bool operator==(const Image&) const = default;
 };
 
-/// Pixels in [-1, 1], about, as (height, width, 3): 255 clamp((x + 1) / 2, 0, 1) to the nearest, halves up, as
-/// diffusers rounds (the official code truncates). NaN gives 0.
+/// How a colour becomes a byte: to the nearest, halves up (diffusers), or down (the official code).
+enum class Rounding : std::uint8_t { nearest, down };
+
+/// Pixels in [-1, 1], about, as (height, width, 3): 255 clamp((x + 1) / 2, 0, 1), rounded. NaN gives 0.
 template <class T>
-[[nodiscard]] Image to_image(std::span<const T> pixels, Index width, Index height);
+[[nodiscard]] Image to_image(std::span<const T> pixels, Index width, Index height,
+                             Rounding rounding = Rounding::nearest);
 
 /// Left to right with `gap` white columns between them. Throws where the heights differ.
 [[nodiscard]] Image side_by_side(std::span<const Image> images, Index gap = 8);

@@ -58,6 +58,10 @@ void add_options(CLI::App& app, Arguments& a) {
       ->group(picture);
   app.add_option("-H,--height", a.picture.height, "in pixels (default: 1024, or what the model can)")
       ->group(picture);
+  app.add_flag(
+         "--official", a.picture.official,
+         "text and colours as the official code: 77 or more T5 tokens, CLIP word by word, rounding down")
+      ->group(picture);
   app.add_option("-s,--seed", a.seed, "of the noise, that of torch on the CPU; below 0: a random one")
       ->capture_default_str()
       ->group(picture);
@@ -118,6 +122,7 @@ nlohmann::ordered_json report(const sd35::Picture& picture, const Arguments& a, 
                               {"sampling_method", name(options.method)},
                               {"scheduler", name(options.scheduler)},
                               {"flow_shift", options.flow_shift},
+                              {"official", options.official},
                               {"slg_scale", options.skip_layers.scale},
                               {"threads", threads},
                               {"seconds", nlohmann::ordered_json::object()}};
@@ -142,6 +147,9 @@ int run(Arguments& a) {
   sd35::Progress progress;
   progress.on_stage = [&](std::string_view stage) {
     std::fprintf(stderr, "%.*s\n", static_cast<int>(stage.size()), stage.data());
+  };
+  progress.on_encoder = [](std::string_view encoder) {
+    std::fprintf(stderr, "  %.*s\n", static_cast<int>(encoder.size()), encoder.data());
   };
   progress.on_note = [](std::string_view note) {
     std::fprintf(stderr, "note: %.*s\n", static_cast<int>(note.size()), note.data());

@@ -127,6 +127,7 @@ std::string Picture::parameters() const {
          << ", Skip layers:";
     for (const int layer : slg.layers) text << " " << layer;
   }
+  if (options.official) text << ", Text and colours: official";
   text << ", Version: linattn " << LINATTN_VERSION_MAJOR << "." << LINATTN_VERSION_MINOR;
   return text.str();
 }
@@ -212,7 +213,8 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
   std::vector<std::string> prompts{options.prompt};
   if (*chosen.cfg_scale > 1) prompts.push_back(options.negative_prompt);
   const Conditioning<float> text =
-      encode_prompts<float>(rt, sources, prompts, config.context_width, config.pooled_width);
+      encode_prompts<float>(rt, sources, prompts, config.context_width, config.pooled_width,
+                            {.official = options.official, .on_encoder = progress.on_encoder});
 
   begin("sampling");
   Tensor<float> latent({1, config.in_channels, *chosen.height / vae.factor(), *chosen.width / vae.factor()});
@@ -229,7 +231,7 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
     throw std::runtime_error("the VAE makes pictures of " + std::to_string(pixels.extent(3)) +
                              " colours, not 3");
   picture.image = to_image<float>({pixels.data(), static_cast<std::size_t>(pixels.elements())}, *chosen.width,
-                                  *chosen.height);
+                                  *chosen.height, options.official ? Rounding::down : Rounding::nearest);
   picture.stages.back().seconds = watch->seconds();
   picture.seconds_a_step = picture.stages[2].seconds / *chosen.steps;
   return picture;

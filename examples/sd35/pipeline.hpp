@@ -58,6 +58,8 @@ struct PictureOptions {
   double flow_shift = 3;
   SkipLayerGuidance skip_layers{};
   bool turbo = false;
+  bool official =
+      false;  // text and colours as the official code has them: ConditioningOptions, Rounding::down
 };
 
 /// Seconds that a stage took.
@@ -82,8 +84,9 @@ struct Picture {
 /// What a caller may show while a picture is made.
 struct Progress {
   std::function<void(std::string_view stage)> on_stage;
-  std::function<void(std::string_view note)> on_note;  // something the user should know
-  std::function<void(int step, int steps)> on_step;    // after each; 0 before the first
+  std::function<void(std::string_view encoder)> on_encoder;  // before each is loaded
+  std::function<void(std::string_view note)> on_note;        // something the user should know
+  std::function<void(int step, int steps)> on_step;          // after each; 0 before the first
 };
 
 /// Loads, encodes the prompts, releases the encoders, runs the transformer, decodes. The same options give the

@@ -48,7 +48,9 @@ std::string_view name(Method method) { return name_of(methods, method); }
 double shift_sigma(double u, double shift) { return shift * u / (1 + (shift - 1) * u); }
 
 std::vector<double> sigmas(Scheduler scheduler, int steps, double shift) {
-  if (steps < 1) throw std::runtime_error("steps: at least 1 is needed, got " + std::to_string(steps));
+  if (steps < 1 || steps > max_steps)
+    throw std::runtime_error("steps: 1 to " + std::to_string(max_steps) + " are possible, got " +
+                             std::to_string(steps));
   if (!(shift > 0) || !std::isfinite(shift))
     throw std::runtime_error("flow shift: a positive number is needed, got " + std::to_string(shift));
   const double last = scheduler == Scheduler::sd3 ? shift_sigma(0.001, shift) : 0.001;

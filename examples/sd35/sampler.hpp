@@ -30,8 +30,12 @@ enum class Method : std::uint8_t { euler, dpmpp_2m };
 /// Time shift s(u) = shift u / (1 + (shift - 1) u).
 [[nodiscard]] double shift_sigma(double u, double shift);
 
+/// As many noise levels as the models were trained with.
+inline constexpr int max_steps = 1000;
+
 /// The `steps` + 1 noise levels from 1 down to 0: s(u_i), then 0. One step gives 1, 0. In double; the official
-/// tables are these rounded through float32 (1.4e-7). Throws std::runtime_error where steps < 1 or shift <= 0.
+/// tables are these rounded through float32 (1.4e-7). Throws std::runtime_error where steps are not 1
+/// to max_steps, or the shift is not positive.
 [[nodiscard]] std::vector<double> sigmas(Scheduler scheduler, int steps, double shift = 3);
 
 /// Classifier-free guidance: out = uncond + scale (cond - uncond). All of one length; out may be any of them.

@@ -171,6 +171,7 @@ TEST_CASE("every option has its effect") {
   differs("no guidance", [](auto& o) { o.cfg_scale = 1; });
   differs("scheduler", [](auto& o) { o.scheduler = sd35::Scheduler::discrete; });
   differs("flow shift", [](auto& o) { o.flow_shift = 2; });
+  differs("official", [](auto& o) { o.official = true; });
   differs("skip layers", [](auto& o) { o.skip_layers = {2.5, 0.0, 1.0, {2}}; });
 
   sd35::PictureOptions options = small_picture();
@@ -297,6 +298,14 @@ TEST_CASE("files that do not fit are named") {
   CHECK(has(
       drawing_error({.model = {}, .transformer = tiny / "transformer", .vae = tiny / "vae"}, small_picture()),
       "--tokenizers"));
+}
+
+TEST_CASE("colours are clamped and rounded") {
+  const std::vector<float> pixels{-1.5f, -1.0f, 1.0f, 1.5f, 0.0f, std::nanf(""), 0.5f, -0.5f, 0.99f};
+  using Bytes = std::vector<std::uint8_t>;  // 127.5, 191.25, 63.75, 253.725
+  CHECK(sd35::to_image<float>(pixels, 1, 3).rgb == Bytes{0, 0, 255, 255, 128, 0, 191, 64, 254});
+  CHECK(sd35::to_image<float>(pixels, 1, 3, sd35::Rounding::down).rgb ==
+        Bytes{0, 0, 255, 255, 127, 0, 191, 63, 253});
 }
 
 TEST_CASE("a PNG carries its parameters and appears whole or not at all") {
