@@ -112,8 +112,9 @@ inline void write(const fs::path& path, const Parameters& parameters, Dtype dtyp
     tensors.push_back(std::move(info));
   };
   if (skew > 0) append({{"unrelated.bytes", Dtype::u8, {static_cast<Index>(skew)}}, {}, 0});
-  for (const auto& [name, array] : parameters) {
-    append({{prefix + name, dtype, array.shape}, {}, 0});
+  for (const auto& parameter : parameters) {
+    const Array& array = parameter.second;
+    append({{prefix + parameter.first, dtype, array.shape}, {}, 0});
     linattn::visit_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
       for (std::size_t i = 0; i < array.values.size(); ++i) {
