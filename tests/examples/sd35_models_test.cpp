@@ -153,7 +153,8 @@ void check_t5(Dtype dtype) {
   sd35_files::write(folder / "t5.safetensors", parameters, dtype, "text_encoders.t5xxl.transformer.");
   const sd35::T5Encoder<T> model(Checkpoint::open(folder / "t5.safetensors", Component::t5));
   CHECK(model.width() == size.width);
-  for (const auto& [batch, tokens] : {std::pair<Index, Index>{2, 9}, {1, 1}, {1, 137}}) {
+  for (const auto& extents : {std::pair<Index, Index>{2, 9}, {1, 1}, {1, 137}}) {
+    const Index batch = extents.first, tokens = extents.second;
     CAPTURE(tokens);
     const Ids ids = random_ids(static_cast<std::size_t>(batch * tokens), size.vocabulary, 5);
     sd35::Runtime rt(1), more(3);
