@@ -829,8 +829,8 @@ TEST_CASE("conversion: what a file says and what it holds must agree") {
 }
 
 TEST_CASE("inherit: the tiny model that diffusers wrote, with trained-size weights of all its modules") {
-  const fs::path model = fs::path(TEST_DATA) / "sd35-tiny";
-  const Safetensors init = opened(fs::path(TEST_DATA) / "sd35-tiny-ref/t5.safetensors");
+  const fs::path model = fs::path(LINATTN_TEST_DATA) / "sd35-tiny";
+  const Safetensors init = opened(fs::path(LINATTN_TEST_DATA) / "sd35-tiny-ref/t5.safetensors");
   const Safetensors before = opened(model / "transformer");
   for (const auto& [choice, expected] :
        {std::pair("paper", "joint 3, attn2 0-1"), {"all", "joint 0-3, attn2 0-1"}}) {
