@@ -3,14 +3,15 @@
 #include <utf8proc.h>
 
 #include <algorithm>
-#include <fstream>
 #include <functional>
-#include <nlohmann/json.hpp>
 #include <queue>
 #include <stdexcept>
 #include <string>
-#include <unordered_set>
 #include <utility>
+
+#include <linattn/weights/json.hpp>
+
+#include "small_file.hpp"
 
 namespace sd35 {
 namespace {
@@ -24,16 +25,12 @@ constexpr std::uintmax_t max_file_bytes = 16u << 20;  // the real tokenizer.json
 constexpr std::size_t max_text_bytes = 256u << 10;
 constexpr std::size_t max_merges = 49152 - 256 - 2;  // CLIP takes this many, however many the file lists
 constexpr std::int32_t max_vocab = 1 << 20;
-constexpr int max_json_depth = 32;
+constexpr std::size_t max_json_depth = 32;
 constexpr std::int32_t no_id = -1;
 constexpr CodePoint replacement_character = 0xFFFD;
 constexpr std::string_view bos_name = "<|startoftext|>";
 constexpr std::string_view eos_name = "<|endoftext|>";
 constexpr std::string_view end_of_word = "</w>";
-
-[[noreturn]] void fail(const fs::path& file, const std::string& what) {
-  throw std::runtime_error(file.string() + ": " + what);
-}
 
 // A piece of an untrusted file, fit for a message.
 std::string printable(std::string_view text, std::size_t limit) {
@@ -45,42 +42,12 @@ std::string printable(std::string_view text, std::size_t limit) {
 
 std::string in_quotes(std::string_view symbol) { return "'" + printable(symbol, 48) + "'"; }
 
-std::string read_file(const fs::path& file) {
-  std::error_code error;
-  const fs::file_status status = fs::status(file, error);
-  if (!fs::exists(status)) fail(file, "no such file");
-  if (!fs::is_regular_file(status)) fail(file, "is not a regular file");
-  const std::uintmax_t size = fs::file_size(file, error);
-  if (error) fail(file, "cannot be read: " + error.message());
-  if (size > max_file_bytes)
-    fail(file, "has " + std::to_string(size) + " bytes; a CLIP vocabulary has at most " +
-                   std::to_string(max_file_bytes));
-  std::ifstream stream(file, std::ios::binary);
-  std::string content(static_cast<std::size_t>(size), '\0');
-  if (!stream.read(content.data(), static_cast<std::streamsize>(size))) fail(file, "cannot be read");
-  return content;
-}
-
 // Parses a JSON object; a key given twice or a nesting deeper than any tokenizer file has is an error.
 json read_json(const fs::path& file) {
-  const std::string content = read_file(file);
-  std::vector<std::unordered_set<std::string>> keys;  // of the objects that are open
-  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
-    if (depth > max_json_depth) fail(file, "is nested too deeply");
-    if (event == json::parse_event_t::object_start) keys.emplace_back();
-    if (event == json::parse_event_t::object_end) keys.pop_back();
-    if (event == json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second)
-      fail(file, "gives the key " + in_quotes(parsed.get<std::string>()) + " twice");
-    return true;
-  };
+  const std::string content = read_small_file(file, max_file_bytes, "a CLIP vocabulary");
   json parsed;
-  try {
-    parsed = json::parse(content, check);
-  } catch (const json::exception& error) {
-    const std::string_view what = error.what();  // "[json.exception.name.number] sentence"
-    fail(file,
-         "is not valid JSON: " + printable(what.substr(std::min(what.find("] ") + 2, what.size())), 160));
-  }
+  const std::string error = linattn::parse_json(content, parsed, {.depth = max_json_depth});
+  if (!error.empty()) fail(file, "is not valid JSON: " + printable(error, 160));
   if (!parsed.is_object()) fail(file, "is not a JSON object");
   return parsed;
 }
@@ -141,7 +108,7 @@ void read_merges_txt(const fs::path& file, Vocabulary& v) {
   v.merges_file = file;
   v.merge_unit = "line";
   v.first_merge = 2;
-  const std::string content = read_file(file);
+  const std::string content = read_small_file(file, max_file_bytes, "a CLIP vocabulary");
   std::string_view rest = content;
   while (!rest.empty() && (rest.back() == '\n' || rest.back() == '\r')) rest.remove_suffix(1);
   const auto next_line = [&rest] {

@@ -3,10 +3,11 @@
 #include <sentencepiece_processor.h>
 
 #include <algorithm>
-#include <fstream>
 #include <optional>
 #include <stdexcept>
 #include <string>
+
+#include "small_file.hpp"
 
 namespace sd35 {
 namespace {
@@ -16,26 +17,6 @@ namespace fs = std::filesystem;
 constexpr std::uintmax_t max_file_bytes = 64u << 20;  // the real spiece.model has 0.8 MB
 constexpr std::size_t max_text_bytes = 256u << 10;    // SentencePiece joins unknowns in quadratic time: 2 s
 constexpr std::int32_t sentinels = 100;
-
-[[noreturn]] void fail(const fs::path& file, const std::string& what) {
-  throw std::runtime_error(file.string() + ": " + what);
-}
-
-std::string read_file(const fs::path& file) {
-  std::error_code error;
-  const fs::file_status status = fs::status(file, error);
-  if (!fs::exists(status)) fail(file, "no such file");
-  if (!fs::is_regular_file(status)) fail(file, "is not a regular file");
-  const std::uintmax_t size = fs::file_size(file, error);
-  if (error) fail(file, "cannot be read: " + error.message());
-  if (size > max_file_bytes)
-    fail(file, "has " + std::to_string(size) + " bytes; a SentencePiece model has at most " +
-                   std::to_string(max_file_bytes));
-  std::ifstream stream(file, std::ios::binary);
-  std::string content(static_cast<std::size_t>(size), '\0');
-  if (!stream.read(content.data(), static_cast<std::streamsize>(size))) fail(file, "cannot be read");
-  return content;
-}
 
 // A reader of protobuf's wire format, as far as SentencePiece models need it: the payloads of the
 // length-delimited fields with one number, or nothing where the message is malformed.
@@ -150,7 +131,7 @@ T5Tokenizer T5Tokenizer::load(const fs::path& folder_or_file) {
            "no such file; tokenizer.json alone will not do, because the T5 text is encoded by SentencePiece, "
            "which reads spiece.model (it belongs to every T5 release and to tokenizer_3 of SD3.5)");
   }
-  const std::string content = read_file(file);
+  const std::string content = read_small_file(file, max_file_bytes, "a SentencePiece model");
   T5Tokenizer out;
   if (!has_sound_charsmap(content) || !out.model_->LoadFromSerializedProto(content).ok())
     fail(file, "is not a SentencePiece model, or a damaged one");
