@@ -21,26 +21,39 @@ std::array<decltype(&std::declval<P&>().q), 10> all_of(P& p) {
   return {&p.q, &p.k, &p.v, &p.out, &p.q_bias, &p.k_bias, &p.v_bias, &p.out_bias, &p.q_norm, &p.k_norm};
 }
 
-// A layer takes weights of one type. Files have one; where tensors of a module differ, all are widened.
-template <class P>
+// A layer takes weights of one type. With T = float that is the file's, f32 where the tensors of a module differ or
+// are f64; in double, which checks the model and does not run it, always f64: fewer layers to compile.
+template <class T, class P>
 void unify(P& first, P* second = nullptr) {
   std::vector<Weight*> weights;
   for (P* p : {&first, second})
     if (p != nullptr)
       for (Weight* weight : all_of(*p))
         if (!weight->empty()) weights.push_back(weight);
-  const auto is = [](linattn::Dtype type) { return [type](const Weight* w) { return w->dtype == type; }; };
-  if (std::all_of(weights.begin(), weights.end(), is(first.q.dtype))) return;
-  const bool wide = std::any_of(weights.begin(), weights.end(), is(linattn::Dtype::f64));
-  const auto widen_as = [&]<class S>(S, linattn::Dtype type) {
-    for (Weight* weight : weights) {
-      const auto values = std::make_shared<const std::vector<S>>(widen<S>(*weight));
-      weight->dtype = type;
-      weight->data = values->data();
-      weight->owner = values;
-    }
+  const auto as_stored = [&](const Weight* w) {
+    return std::is_same_v<T, float> && w->dtype == first.q.dtype && w->dtype != Dtype::f64;
   };
-  wide ? widen_as(double{}, linattn::Dtype::f64) : widen_as(float{}, linattn::Dtype::f32);
+  if (std::all_of(weights.begin(), weights.end(), as_stored)) return;
+  for (Weight* weight : weights) {
+    const auto values = std::make_shared<const std::vector<T>>(widen<T>(*weight));
+    weight->dtype = std::is_same_v<T, float> ? Dtype::f32 : Dtype::f64;
+    weight->data = values->data();
+    weight->owner = values;
+  }
+}
+
+// visit() for a weight that went through unify<T>.
+template <class T, class F>
+void visit_unified(const Weight& weight, const F& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    f(static_cast<const double*>(weight.data));
+  } else if (weight.dtype == Dtype::f16) {
+    f(static_cast<const linattn::half*>(weight.data));
+  } else if (weight.dtype == Dtype::bf16) {
+    f(static_cast<const linattn::bfloat16*>(weight.data));
+  } else {
+    f(static_cast<const float*>(weight.data));
+  }
 }
 
 template <class W, class P>
@@ -224,11 +237,11 @@ Mmdit<T>::Mmdit(const Checkpoint& checkpoint, const MmditConfig& config) : confi
     block.joint = {load_projections(checkpoint, image + "attn", true),
                    load_ttt(checkpoint, image + "attn", conversion)};
     block.context = load_projections(checkpoint, context + "attn", !last);
-    unify(block.joint.image, &block.context);
+    unify<T>(block.joint.image, &block.context);
     if (dual)
       block.second = Attention{load_projections(checkpoint, image + "attn2", true),
                                load_ttt(checkpoint, image + "attn2", conversion)};
-    if (dual) unify(block.second->image);
+    if (dual) unify<T>(block.second->image);
     block.image_mlp = load_mlp(checkpoint, image + "mlp");
     if (!last) block.context_mlp = load_mlp(checkpoint, context + "mlp");
     blocks_.push_back(std::move(block));
@@ -336,7 +349,7 @@ template <class T>
 void Mmdit<T>::attend(Runtime& rt, const std::string& what, const Attention& attention,
                       const Projections& text_weights, TensorView<T, 3> image, In<T, 3> text,
                       TensorView<T, 3> text_out, Index rows, Index columns) const {
-  visit(attention.image.q, [&](const auto* pointer) {
+  visit_unified<T>(attention.image.q, [&](const auto* pointer) {
     using W = std::remove_const_t<std::remove_pointer_t<decltype(pointer)>>;
     const linattn::AttentionWeights<W> own = views<W>(attention.image), other = views<W>(text_weights);
     if (!attention.ttt) {

@@ -31,7 +31,7 @@ def readme(source: pathlib.Path) -> None:
 
 def installed(source: pathlib.Path, build: pathlib.Path, compilers: list[str], scratch: pathlib.Path) -> None:
     run("meson install", "meson", "install", "-C", build, "--no-rebuild", "--skip-subprojects", "--destdir", scratch / "root")
-    (include,) = (p.parent for p in (scratch / "root").rglob("linattn/cpu.hpp"))
+    (include,) = (p.parent.parent for p in (scratch / "root").rglob("linattn/cpu.hpp"))
     for compiler in compilers:
         for name, flags in {
             "-O2": ["-O2"],
