@@ -6,6 +6,7 @@
 // head size.
 
 #include <benchmark/benchmark.h>
+#include <unistd.h>
 #include <linattn/cpu.hpp>
 
 #include <algorithm>
@@ -49,7 +50,8 @@ double peak_flops() {
     benchmark::DoNotOptimize(b);
     const auto start = std::chrono::steady_clock::now();
     for (int round = 0; round < rounds; ++round)
-      for (int i = 0; i < chains; ++i) sums[i] = linattn::detail::fma(sums[i], a, b);
+      linattn::detail::unroll<chains>(
+          [&](auto i) LINATTN_INLINE_LAMBDA { sums[i] = linattn::detail::fma(sums[i], a, b); });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     for (P& sum : sums) benchmark::DoNotOptimize(sum);
     best = std::max(best, 2.0 * rounds * chains * P::size / elapsed.count());
@@ -88,7 +90,7 @@ struct Attention {
 // Runs op(context) until the clock is satisfied; workspace(context) says what it needs.
 template <class C, class Parallel, class Query, class Op>
 void measure(benchmark::State& state, const Parallel& parallel, double flops, double tokens,
-             const Query& query, const Op& op) {
+             const Query& query, const Op& op, double bytes = 0) {
   std::vector<std::byte> memory(query(Cpu<Parallel>{{}, parallel}));
   const Cpu<Parallel> context{{memory.data(), memory.size()}, parallel};
   if (const linattn::Status status = op(context); !status.ok())
@@ -100,13 +102,13 @@ void measure(benchmark::State& state, const Parallel& parallel, double flops, do
     benchmark::ClobberMemory();
   }
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-  using benchmark::Counter;
-  const double runs = static_cast<double>(state.iterations());
-  state.counters["tokens/s"] = Counter(tokens * runs, Counter::kIsRate);
+  const double runs = static_cast<double>(state.iterations()), seconds = elapsed.count();
+  state.counters["tokens/s"] = tokens * runs / seconds;
   if (flops > 0) {
-    state.counters["FLOP/s"] = Counter(flops * runs, Counter::kIsRate);
-    state.counters["%peak"] = 100 * flops * runs / peak / elapsed.count();
+    state.counters["FLOP/s"] = flops * runs / seconds;
+    state.counters["%peak"] = 100 * flops * runs / peak / seconds;
   }
+  if (bytes > 0) state.counters["bytes/s"] = bytes * runs / seconds;
 }
 
 std::string name(const std::string& op, const std::string& variant, const char* dtype, Index threads,
@@ -117,7 +119,7 @@ std::string name(const std::string& op, const std::string& variant, const char* 
 
 template <class Run>
 void add(const std::string& full_name, Run run) {
-  benchmark::RegisterBenchmark(full_name.c_str(), run)->UseRealTime()->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark(full_name.c_str(), run)->Unit(benchmark::kMillisecond);
 }
 
 // 4 N^2 d a head: two products.
@@ -150,7 +152,9 @@ void ttt(const char* variant, double flops_per_weight, const Shape& s, Parallel 
     const auto matrix = [&](Index i) {
       return TensorView<const T, 3>(w.data() + i * s.heads * d * d, {s.heads, d, d});
     };
-    const linattn::TttWeights<T> weights{matrix(0), matrix(1), matrix(2)};
+    linattn::TttWeights<T> weights{.w1 = matrix(0)};
+    if (linattn::detail::matrices < Model >> 1) weights.w2 = matrix(1);
+    if (linattn::detail::matrices < Model >> 2) weights.w3 = matrix(2);
     linattn::TttOptions<T> options;
     if (grid_height > 0) {
       options.prologue.key_norm = true;
@@ -191,54 +195,58 @@ void linear(const Shape& s, Parallel parallel) {
   });
 }
 
-// Bytes matter here, not FLOPs: one read (two for the norm) and one write of the tokens.
-template <class T, class Parallel, class Op>
-void streaming(const std::string& op_name, double passes, const Shape& s, Parallel parallel, Op op) {
-  add(name(op_name, "eps1", dtype_name<T>, parallel.workers(), s), [=](benchmark::State& state) {
-    const Index channels = s.heads * s.head_dim;
-    const auto x = random<T>(s.batch * s.tokens * channels, 1.0f, 1);
-    std::vector<T> y(x.size());
-    const TensorView<const T, 4> in(x.data(), {s.batch, s.tokens, s.heads, s.head_dim});
-    const TensorView<T, 4> out(y.data(), in.extents);
-    op(state, parallel, in, out);
-    state.counters["bytes/s"] = benchmark::Counter(
-        passes * static_cast<double>(x.size() * sizeof(T)) * static_cast<double>(state.iterations()),
-        benchmark::Counter::kIsRate);
+// Tokens in and out, for the ops where bytes matter and not FLOPs.
+struct Stream {
+  explicit Stream(const Shape& s)
+      : input(random<float>(s.batch * s.tokens * s.heads * s.head_dim, 1.0f, 1)),
+        output(input.size()),
+        in(input.data(), {s.batch, s.tokens, s.heads, s.head_dim}),
+        out(output.data(), in.extents) {}
+
+  std::vector<float> input, output;
+  TensorView<const float, 4> in;
+  TensorView<float, 4> out;
+
+  [[nodiscard]] double tokens() const { return static_cast<double>(in.extent(0) * in.extent(1)); }
+  [[nodiscard]] double bytes(int passes) const { return passes * 4.0 * static_cast<double>(input.size()); }
+};
+
+// Two reads and one write of the tokens.
+template <class Parallel>
+void instance_norm(const Shape& s, Parallel parallel) {
+  add(name("instance_norm", "eps1", "f32", parallel.workers(), s), [=](benchmark::State& state) {
+    const Stream x(s);
+    measure<float>(
+        state, parallel, 0, x.tokens(),
+        [&](const auto& context) { return linattn::instance_norm_workspace(context, x.in, x.out); },
+        [&](const auto& context) { return linattn::instance_norm(context, x.in, x.out); }, x.bytes(3));
   });
 }
 
-template <class Parallel>
-void instance_norm(const Shape& s, Parallel parallel) {
-  streaming<float>(
-      "instance_norm", 3, s, parallel, [](benchmark::State& state, const Parallel& p, auto in, auto out) {
-        measure<float>(
-            state, p, 0, static_cast<double>(in.extent(0) * in.extent(1)),
-            [&](const auto& context) { return linattn::instance_norm_workspace(context, in, out); },
-            [&](const auto& context) { return linattn::instance_norm(context, in, out); });
-      });
-}
-
+// One read and one write.
 template <class Parallel>
 void depthwise_conv(const Shape& s, Index grid_height, Parallel parallel) {
-  streaming<float>(
-      "depthwise_conv", 2, s, parallel, [=](benchmark::State& state, const Parallel& p, auto in, auto out) {
-        const Index channels = in.extent(2) * in.extent(3);
-        const auto w = random<float>(channels * 10, 0.1f, 2);
-        const TensorView<const float, 4> weight(w.data(), {channels, 1, 3, 3});
-        const TensorView<const float, 1> bias(w.data() + channels * 9, {channels});
-        const linattn::DepthwiseConvOptions options{.grid = {0, grid_height, in.extent(1) / grid_height}};
-        measure<float>(
-            state, p, 18.0 * static_cast<double>(in.elements()),
-            static_cast<double>(in.extent(0) * in.extent(1)), [](const auto&) { return std::size_t{0}; },
-            [&](const auto& context) {
-              return linattn::depthwise_conv(context, in, weight, bias, out, options);
-            });
-      });
+  add(name("depthwise_conv", "residual", "f32", parallel.workers(), s), [=](benchmark::State& state) {
+    const Stream x(s);
+    const Index channels = s.heads * s.head_dim;
+    const auto w = random<float>(channels * 10, 0.1f, 2);
+    const TensorView<const float, 4> weight(w.data(), {channels, 1, 3, 3});
+    const TensorView<const float, 1> bias(w.data() + channels * 9, {channels});
+    const linattn::DepthwiseConvOptions options{.grid = {0, grid_height, s.tokens / grid_height}};
+    measure<float>(
+        state, parallel, 0, x.tokens(), [](const auto&) { return std::size_t{0}; },
+        [&](const auto& context) {
+          return linattn::depthwise_conv(context, x.in, weight, bias, x.out, options);
+        },
+        x.bytes(2));
+  });
 }
 
 // Remembers times by name, and shows them as the console does.
 class Recorder : public benchmark::ConsoleReporter {
  public:
+  Recorder() : ConsoleReporter(isatty(STDOUT_FILENO) ? OO_Color : OO_None) {}
+
   std::map<std::string, double> seconds;
 
   void ReportRuns(const std::vector<Run>& runs) override {
