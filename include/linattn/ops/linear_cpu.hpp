@@ -253,7 +253,8 @@ concept OtherStorage = Storage<std::remove_const_t<X>> && !std::is_same_v<std::r
 
 }  // namespace detail
 
-// Bytes of workspace that the same call of `linear` needs; grows with the workers, not with the rows.
+// Bytes of workspace that the same call of `linear` needs; grows with the workers, not with the rows. Few rows take
+// another path and can need more than many: ask for each shape that is called, and keep the largest answer.
 template <ParallelPolicy P, Storage T, int R, class W, class B>
 [[nodiscard]] std::size_t linear_workspace(const Cpu<P>& ctx, const In<T, R>& x,
                                            const TensorView<W, 2>& weight, const TensorView<B, 1>&,
