@@ -16,6 +16,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -312,10 +313,18 @@ int main(int argc, char** argv) {
     linear<float, half>({1, 1, 1536, n}, Serial{});
   }
 
+  // A reporter of our own would silence --benchmark_format=json.
+  const bool console = std::none_of(argv, argv + argc, [](const char* argument) {
+    return std::string_view(argument).starts_with("--benchmark_format=");
+  });
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   Recorder recorder;
-  benchmark::RunSpecifiedBenchmarks(&recorder);
+  if (console) {
+    benchmark::RunSpecifiedBenchmarks(&recorder);
+  } else {
+    benchmark::RunSpecifiedBenchmarks();
+  }
   for (const Index d : {32, 64, 128}) print_crossover(recorder.seconds, heads, d, tokens);
   benchmark::Shutdown();
 }
