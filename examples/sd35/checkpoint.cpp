@@ -3,13 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
-#include <fstream>
 #include <stdexcept>
 #include <utility>
-
-#include <linattn/weights/json.hpp>
-
-#include "runtime.hpp"
 
 namespace sd35 {
 namespace {
@@ -45,11 +40,6 @@ const ComponentTraits& traits(Component component) {
        {"encoder.block.0.", "encoder.block.0."}},
   }};
   return table[static_cast<std::size_t>(component)];
-}
-
-bool holds(const Safetensors& files, const std::string& beginning) {
-  return std::any_of(files.tensors().begin(), files.tensors().end(),
-                     [&](const TensorInfo& info) { return info.name.starts_with(beginning); });
 }
 
 struct Renaming {
@@ -168,40 +158,6 @@ std::string guess_family(const Safetensors& files) {
   return {};
 }
 
-nlohmann::json read_config(const fs::path& path) {
-  std::error_code ignored;
-  if (!fs::exists(path, ignored)) return nullptr;
-  std::ifstream file(path, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
-  nlohmann::json config;
-  std::string why = linattn::parse_json(text, config);
-  if (why.empty() && !config.is_object()) why = "is not a JSON object";
-  if (!why.empty()) throw std::runtime_error(path.string() + ": " + why);
-  return config;
-}
-
-bool same_shape(const std::vector<Index>& wanted, const std::vector<Index>& shape) {
-  return std::equal(wanted.begin(), wanted.end(), shape.begin(), shape.end(),
-                    [](Index w, Index s) { return w == Checkpoint::any || w == s; });
-}
-
-std::string describe_shape(const std::vector<Index>& shape) {
-  std::string text = to_string(shape);
-  for (std::size_t at; (at = text.find("-1")) != std::string::npos;) text.replace(at, 2, "any");
-  return text;
-}
-
-// The weight in memory of its own, as it was or with its halves swapped.
-Weight copy(const Weight& weight, std::size_t bytes, bool swap_halves) {
-  auto memory = std::make_shared<Buffer>(bytes);
-  const auto* source = static_cast<const std::byte*>(weight.data);
-  std::rotate_copy(source, source + (swap_halves ? bytes / 2 : 0), source + bytes, memory->data());
-  Weight result = weight;
-  result.data = memory->data();
-  result.owner = std::move(memory);
-  return result;
-}
-
 // The part of a fused tensor that `.q.`, `.k.` or `.v.` names: 0, 1, 2, or -1 if the name is of none.
 int fused_part(std::string_view tensor) {
   for (int part = 0; part < 3; ++part)
@@ -251,7 +207,7 @@ std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Comp
   if (folder.empty() &&
       (file.starts_with("model.safetensors") || file.starts_with("diffusion_pytorch_model.")))
     folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
-  if (!folder.empty()) checkpoint.config_ = read_config(folder / "config.json");
+  if (!folder.empty()) checkpoint.config_ = read_config(folder);
 
   const std::string levels = checkpoint.prefix_ + "decoder.up_blocks.";
   if (component == Component::vae && checkpoint.diffusers_)
@@ -293,32 +249,10 @@ std::string Checkpoint::stored_name(std::string_view tensor) const {
   return std::string(tensor);
 }
 
-const TensorInfo* Checkpoint::info(std::string_view tensor) const {
-  return files_->find(prefix_ + stored_name(tensor));
-}
-
-bool Checkpoint::has(std::string_view tensor) const { return info(tensor) != nullptr; }
-
-void Checkpoint::fail(std::string_view tensor, const std::string& why) const {
-  throw std::runtime_error(path().string() + ": tensor '" + prefix_ + stored_name(tensor) + "': " + why);
-}
-
-Weight Checkpoint::load(std::string_view tensor, const std::vector<Index>& expected) const {
-  const TensorInfo* found = info(tensor);
-  if (found == nullptr) fail(tensor, "missing, expected " + describe_shape(expected));
-  if (found->dtype == Dtype::f8_e4m3 || found->dtype == Dtype::f8_e5m2)
-    fail(tensor, "8-bit weights are not supported; use the 16-bit file of the " +
-                     std::string(traits(component_).name));
-  if (found->dtype != Dtype::f32 && found->dtype != Dtype::f16 && found->dtype != Dtype::bf16 &&
-      found->dtype != Dtype::f64)
-    fail(tensor, "expected F32, F16, BF16 or F64, got " + linattn::describe(*found));
-
-  if (on_load) on_load(found->name);
-  Weight weight{found->name, found->dtype, found->shape, found->bytes.data(), files_};
-  const bool swapped = swapped_halves(tensor);
-  if (swapped || reinterpret_cast<std::uintptr_t>(weight.data) % linattn::size_of(weight.dtype) != 0)
-    weight = copy(weight, found->bytes.size(), swapped);
-  if (component_ == Component::transformer && !diffusers_ && fused_part(tensor) >= 0) {
+Weight Checkpoint::adapt(std::string_view tensor, Weight weight) const {
+  if (component_ != Component::transformer) return weight;
+  if (swapped_halves(tensor)) weight = copy(weight, true);
+  if (!diffusers_ && fused_part(tensor) >= 0) {
     if (weight.shape.empty() || weight.shape[0] % 3 != 0)
       fail(tensor, "expected rows of q, k and v alike, got " + to_string(weight.shape));
     const Index rows = weight.shape[0] / 3;
@@ -327,40 +261,13 @@ Weight Checkpoint::load(std::string_view tensor, const std::vector<Index>& expec
   return weight;
 }
 
-Weight Checkpoint::get(std::string_view tensor, const std::vector<Index>& shape) const {
-  Weight weight = load(tensor, shape);
-  if (!same_shape(shape, weight.shape))
-    fail(tensor, "expected " + describe_shape(shape) + ", got " + to_string(weight.shape));
-  return weight;
-}
-
-Weight Checkpoint::matrix(std::string_view tensor, Index out, Index in) const {
-  Weight weight = load(tensor, {out, in});
-  while (weight.shape.size() > 2 && weight.shape.back() == 1) weight.shape.pop_back();
-  if (!same_shape({out, in}, weight.shape))
-    fail(tensor, "expected " + describe_shape({out, in}) + ", got " + to_string(weight.shape));
-  return weight;
-}
-
 bool Checkpoint::swapped_halves(std::string_view tensor) const {
-  if (component_ != Component::transformer || !diffusers_) return false;
+  if (!diffusers_) return false;
   if (tensor.starts_with("final_layer.adaLN_modulation.1.")) return true;
   const std::size_t at = tensor.find(".context_block.adaLN_modulation.1.");
   // The last context block alone has no projection: its modulation is (shift, scale) only.
   return at != std::string_view::npos &&
          !has(std::string(tensor.substr(0, at)) + ".context_block.attn.proj.weight");
-}
-
-std::vector<std::string> Checkpoint::stored_names() const {
-  std::vector<std::string> names;
-  for (const TensorInfo& tensor : files_->tensors())
-    if (tensor.name.starts_with(prefix_)) names.push_back(tensor.name.substr(prefix_.size()));
-  return names;
-}
-
-void Checkpoint::throw_config(const char* key, const char* expected) const {
-  throw std::runtime_error((path().parent_path() / "config.json").string() + ": '" + key + "' is " +
-                           config_[key].dump() + ", expected " + expected);
 }
 
 }  // namespace sd35

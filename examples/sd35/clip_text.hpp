@@ -9,10 +9,12 @@
 #include <vector>
 
 #include "checkpoint.hpp"
-#include "nn.hpp"
-#include "runtime.hpp"
+#include "nn/nn.hpp"
+#include "nn/runtime.hpp"
 
 namespace sd35 {
+
+using namespace nn;  // what the examples share
 
 // The activation that config.json calls `hidden_act`. Throws where it is none of CLIP's.
 [[nodiscard]] Activation clip_activation(std::string_view hidden_act);

@@ -11,9 +11,11 @@
 
 #include <linattn/weights/json.hpp>
 
-#include "small_file.hpp"
+#include "nn/small_file.hpp"
 
 namespace sd35 {
+
+using namespace nn;
 namespace {
 
 namespace fs = std::filesystem;

@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "clip_tokenizer.hpp"
-#include "runtime.hpp"
+#include "nn/runtime.hpp"
 
 namespace sd35 {
+
+using namespace nn;  // what the examples share
 
 struct TextSources {
   // What Checkpoint::open takes; an empty path is an encoder that is missing.

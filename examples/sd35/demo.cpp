@@ -18,8 +18,8 @@
 #include <linattn/weights/random.hpp>
 
 #include "embeddings.hpp"
+#include "nn/progress.hpp"
 #include "pipeline.hpp"
-#include "progress.hpp"
 
 namespace {
 

@@ -5,9 +5,11 @@
 #include <span>
 #include <vector>
 
-#include "runtime.hpp"
+#include "nn/runtime.hpp"
 
 namespace sd35 {
+
+using namespace nn;  // what the examples share
 
 /// Sinusoid of the time: [cos(t f_0), ..., cos(t f_n-1), sin(t f_0), ..., sin(t f_n-1)], cosines first, with
 /// f_i = 10000^(-i / n) and n half the length. t is 1000 sigma. Computed in double and rounded once; the

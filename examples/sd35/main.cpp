@@ -11,8 +11,8 @@
 #include <random>
 #include <string>
 
+#include "nn/progress.hpp"
 #include "pipeline.hpp"
-#include "progress.hpp"
 
 namespace {
 

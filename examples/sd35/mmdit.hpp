@@ -11,10 +11,12 @@
 #include <linattn/weights/conversion.hpp>
 
 #include "checkpoint.hpp"
-#include "nn.hpp"
-#include "runtime.hpp"
+#include "nn/nn.hpp"
+#include "nn/runtime.hpp"
 
 namespace sd35 {
+
+using namespace nn;  // what the examples share
 
 struct MmditConfig {
   Index depth = 0, width = 0, heads = 0;

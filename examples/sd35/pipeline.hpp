@@ -11,12 +11,14 @@
 #include <vector>
 
 #include "conditioning.hpp"
-#include "image.hpp"
 #include "mmdit.hpp"
-#include "runtime.hpp"
+#include "nn/image.hpp"
+#include "nn/runtime.hpp"
 #include "sampler.hpp"
 
 namespace sd35 {
+
+using namespace nn;  // what the examples share
 
 struct SamplingOptions {
   Method method = Method::euler;

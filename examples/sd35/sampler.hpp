@@ -10,9 +10,11 @@
 #include <string_view>
 #include <vector>
 
-#include "runtime.hpp"
+#include "nn/runtime.hpp"
 
 namespace sd35 {
+
+using namespace nn;  // what the examples share
 
 enum class Scheduler : std::uint8_t {
   sd3,       // u_i = linspace(1, s(0.001), steps): the end point is already shifted, as in the official code

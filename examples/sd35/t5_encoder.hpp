@@ -8,10 +8,12 @@
 
 #include "checkpoint.hpp"
 #include "clip_text.hpp"
-#include "nn.hpp"
-#include "runtime.hpp"
+#include "nn/nn.hpp"
+#include "nn/runtime.hpp"
 
 namespace sd35 {
+
+using namespace nn;  // what the examples share
 
 // The bucket of a relative position, key - query, of a bidirectional encoder with 32 buckets and distances to
 // 128: 16 for the future plus 0..7 exactly, then eight logarithmic steps. The bounds of the steps,

@@ -7,9 +7,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "small_file.hpp"
+#include "nn/small_file.hpp"
 
 namespace sd35 {
+
+using namespace nn;
 namespace {
 
 namespace fs = std::filesystem;

@@ -8,7 +8,7 @@
 
 #include <linattn/ops/linear_cpu.hpp>
 
-#include "rows.hpp"
+#include "nn/rows.hpp"
 
 namespace sd35 {
 namespace {

@@ -6,10 +6,12 @@
 #include <vector>
 
 #include "checkpoint.hpp"
-#include "nn.hpp"
-#include "runtime.hpp"
+#include "nn/nn.hpp"
+#include "nn/runtime.hpp"
 
 namespace sd35 {
+
+using namespace nn;  // what the examples share
 
 struct VaeConfig {
   Index groups = 32;  // of the group norms

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "sd35/conditioning.hpp"
-#include "sd35/image.hpp"
+#include "nn/image.hpp"
 #include "sd35/vae.hpp"
 #include "support.hpp"
 

@@ -7,25 +7,19 @@
 #include <cstring>
 #include <functional>
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
 #include <linattn/weights/inherit.hpp>
 
+#include "checkpoint_builder.hpp"
 #include "temporary_folder.hpp"
 
 using namespace linattn;
-using support::read_text;
-using support::TemporaryFolder;
-using support::write_text;
+using namespace support;
 namespace fs = std::filesystem;
 
 namespace {
-
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 // A model of the family's structure: 5 blocks of 2 heads of 4 channels, attn2 in the first two.
 Sd35Model tiny(Sd35Layout layout, const char* prefix = "") {
@@ -47,45 +41,8 @@ Sd35Model tiny(Sd35Layout layout, const char* prefix = "") {
           .dual_blocks = {0, 1}};
 }
 
-// Tensors with random bytes: a conversion must not care what they mean.
-class Builder {
- public:
-  explicit Builder(std::vector<TensorSpec> specs) : specs_(std::move(specs)) {}
-
-  std::vector<TensorSpec>& specs() { return specs_; }
-  TensorSpec& at(const std::string& name) {
-    const auto found =
-        std::find_if(specs_.begin(), specs_.end(), [&](const auto& s) { return s.name == name; });
-    REQUIRE_MESSAGE(found != specs_.end(), name);
-    return *found;
-  }
-  void remove(const std::string& name) { specs_.erase(specs_.begin() + (&at(name) - specs_.data())); }
-  void add(std::string name, Dtype dtype, std::vector<Index> shape) {
-    specs_.push_back({std::move(name), dtype, std::move(shape)});
-  }
-  void set_dtype(Dtype dtype) {
-    for (TensorSpec& spec : specs_) spec.dtype = dtype;
-  }
-
-  void write(const fs::path& path, const Metadata& metadata = {}) const {
-    std::vector<TensorInfo> tensors;
-    std::vector<std::vector<std::byte>> data;
-    for (const TensorSpec& spec : specs_) {
-      data.emplace_back(spec.byte_size());
-      std::mt19937 random(named_seed(1, spec.name));
-      for (std::byte& byte : data.back()) byte = static_cast<std::byte>(random() & 0x3f);
-      tensors.push_back({spec, data.back(), 0});
-    }
-    const FileStatus status = write_safetensors(path, tensors, metadata);
-    REQUIRE_MESSAGE(status.ok(), message(status));
-  }
-
- private:
-  std::vector<TensorSpec> specs_;
-};
-
-Builder official(const char* prefix = "model.diffusion_model.") {
-  Builder builder(sd35_tensors(tiny(Sd35Layout::official, prefix)));
+CheckpointBuilder official(const char* prefix = "model.diffusion_model.") {
+  CheckpointBuilder builder(sd35_tensors(tiny(Sd35Layout::official, prefix)));
   builder.set_dtype(Dtype::f16);
   return builder;
 }
@@ -98,8 +55,10 @@ void write_folder(const fs::path& root) {
   fs::create_directories(root / "vae/nested");
   fs::create_directories(root / ".cache");
   const auto half_way = specs.begin() + static_cast<Index>(specs.size() / 2);
-  Builder({specs.begin(), half_way}).write(root / "transformer/part-1.safetensors", {{"format", "pt"}});
-  Builder({half_way, specs.end()}).write(root / "transformer/part-2.safetensors", {{"format", "pt"}});
+  CheckpointBuilder({specs.begin(), half_way})
+      .write(root / "transformer/part-1.safetensors", {{"format", "pt"}});
+  CheckpointBuilder({half_way, specs.end()})
+      .write(root / "transformer/part-2.safetensors", {{"format", "pt"}});
   nlohmann::json index{{"metadata", {{"total_size", 0}, {"note", "kept"}}}};
   for (auto spec = specs.begin(); spec != specs.end(); ++spec)
     index["weight_map"][spec->name] = spec < half_way ? "part-1.safetensors" : "part-2.safetensors";
@@ -121,27 +80,6 @@ FileStatus convert(const fs::path& from, const fs::path& to, const InheritOption
   if (FileStatus status = open_checkpoint(from, checkpoint); !status.ok()) return status;
   if (FileStatus status = make_plan(checkpoint, options, plan); !status.ok()) return status;
   return apply(checkpoint, plan, options, to, overwrite);
-}
-
-Safetensors opened(const fs::path& path) {
-  Safetensors file;
-  const FileStatus status = Safetensors::open(path, file);
-  REQUIRE_MESSAGE(status.ok(), message(status));
-  return file;
-}
-
-void require_ok(const FileStatus& status) { REQUIRE_MESSAGE(status.ok(), message(status)); }
-
-bool same_bytes(const TensorInfo& a, const TensorInfo& b) {
-  return std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin(), b.bytes.end());
-}
-
-std::vector<double> values(const Safetensors& file, const std::string& name) {
-  const TensorInfo* info = file.find(name);
-  REQUIRE_MESSAGE(info != nullptr, name);
-  std::vector<double> out(static_cast<std::size_t>(info->elements()));
-  REQUIRE(read(*info, std::span(out)).ok());
-  return out;
 }
 
 }  // namespace
@@ -233,7 +171,7 @@ TEST_CASE("inherit: which modules a choice means") {
 TEST_CASE("inherit: a single file") {
   TemporaryFolder folder;
   const std::string p = "model.diffusion_model.";
-  Builder builder = official();
+  CheckpointBuilder builder = official();
   builder.add("first_stage_model.decoder.conv_in.weight", Dtype::f32, {4, 2, 3, 3});  // lies misaligned
   builder.add("text_encoders.t5xxl.transformer.shared.weight", Dtype::f8_e4m3, {5, 3});
   builder.add("model_ema.decay", Dtype::f32, {});
@@ -325,7 +263,7 @@ TEST_CASE("inherit: a single file") {
 TEST_CASE("inherit: new weights depend on the seed and the module, not on layout or choice") {
   TemporaryFolder folder;
   official().write(folder / "in.safetensors");
-  Builder bare = official("");
+  CheckpointBuilder bare = official("");
   bare.set_dtype(Dtype::f32);
   bare.write(folder / "bare.safetensors");
   write_folder(folder / "model");
@@ -437,7 +375,7 @@ TEST_CASE("inherit: a checkpoint that does not fit is refused, never filled up w
   TemporaryFolder folder;
   const auto in = folder / "in.safetensors", out = folder / "out.safetensors";
   const std::string p = "model.diffusion_model.";
-  const auto refused = [&](const Builder& builder, const std::string& expected,
+  const auto refused = [&](const CheckpointBuilder& builder, const std::string& expected,
                            const Metadata& metadata = {}) {
     builder.write(in, metadata);
     const FileStatus status = convert(in, out);
@@ -447,59 +385,59 @@ TEST_CASE("inherit: a checkpoint that does not fit is refused, never filled up w
     CHECK(folder.names() == std::vector<std::string>{"in.safetensors"});
   };
   SUBCASE("a tensor of another shape") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.at(p + "joint_blocks.3.x_block.mlp.fc1.weight").shape = {10, 8};
     refused(builder, "tensor '" + p +
                          "joint_blocks.3.x_block.mlp.fc1.weight': is F16 [10, 8], but F16 [9, 8] is needed");
   }
   SUBCASE("a missing tensor") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.remove(p + "joint_blocks.3.x_block.attn.proj.bias");
     refused(builder, p + "joint_blocks.3.x_block.attn.proj.bias': is missing, but [8] is needed");
   }
   SUBCASE("a tensor that the family does not have") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.add(p + "register", Dtype::f16, {1, 8});
     builder.add(p + "joint_blocks.0.x_block.attn3.qkv.weight", Dtype::f16, {1, 8});
     refused(builder, "is no tensor of this family (and 1 more mismatches)");
   }
   SUBCASE("a missing block") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     for (const TensorSpec& spec : sd35_tensors(tiny(Sd35Layout::official, p.c_str())))
       if (spec.name.starts_with(p + "joint_blocks.2.")) builder.remove(spec.name);
     refused(builder, p + "joint_blocks.2.");
   }
   SUBCASE("half a projection of diffusers") {
-    Builder builder(sd35_tensors(tiny(Sd35Layout::diffusers)));
+    CheckpointBuilder builder(sd35_tensors(tiny(Sd35Layout::diffusers)));
     builder.remove("transformer_blocks.0.attn2.to_q.weight");
     refused(builder, "transformer_blocks.0.attn2.to_q.weight': is missing, but [8, 8] is needed");
   }
   SUBCASE("another family") {
-    Builder builder({{"blocks.0.attn.qkv.weight", Dtype::f32, {24, 8}}});
+    CheckpointBuilder builder({{"blocks.0.attn.qkv.weight", Dtype::f32, {24, 8}}});
     refused(builder, "no checkpoint of the Stable Diffusion 3.5 family");
   }
   SUBCASE("block numbers out of thin air") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.add(p + "joint_blocks.1000000000.x_block.attn.qkv.weight", Dtype::f16, {24, 8});
     refused(builder, "has no block number");
   }
   SUBCASE("no block number") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.add(p + "joint_blocks.x", Dtype::f16, {1});
     refused(builder, "has no block number");
   }
   SUBCASE("heads that do not divide the width") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.at(p + "joint_blocks.0.x_block.attn.ln_q.weight").shape = {3};
     refused(builder, "no multiple of the 3 channels");
   }
   SUBCASE("an empty axis") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.at(p + "joint_blocks.0.x_block.attn.ln_q.weight").shape = {0};
     refused(builder, "no size of this family");
   }
   SUBCASE("a dtype that new weights cannot have") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.at(p + "joint_blocks.0.x_block.attn2.qkv.weight").dtype = Dtype::f8_e4m3;
     refused(builder, "new weights can be F64, F32, F16 or BF16");
   }
@@ -510,12 +448,12 @@ TEST_CASE("inherit: a checkpoint that does not fit is refused, never filled up w
     CHECK_FALSE(fs::exists(out));
   }
   SUBCASE("converted by half") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.add(p + "joint_blocks.0.x_block.attn2.w1", Dtype::f16, {1, 2, 4, 4});
     refused(builder, "w2 is missing");
   }
   SUBCASE("a plan with mismatches still has a report, and cannot be applied") {
-    Builder builder = official();
+    CheckpointBuilder builder = official();
     builder.at(p + "pos_embed").shape = {1, 16, 9};
     builder.remove(p + "context_embedder.bias");
     builder.write(in);
@@ -546,7 +484,7 @@ TEST_CASE("inherit: new weights from a file") {
     for (const Sd35Module which : model.modules())
       for (TensorSpec& spec : module_tensors(prefix + sd35_stem(layout, which), module, 2, 4, Dtype::f32))
         specs.push_back(std::move(spec));
-    return Builder(std::move(specs));
+    return CheckpointBuilder(std::move(specs));
   };
   const auto options = [](const Safetensors& file) {
     return InheritOptions{.init = Initialisation::file, .init_file = &file, .inner_model = {}};
@@ -575,7 +513,7 @@ TEST_CASE("inherit: new weights from a file") {
     }
   }
   SUBCASE("byte for byte in the same dtype") {
-    Builder builder = all({}, Sd35Layout::official, "");
+    CheckpointBuilder builder = all({}, Sd35Layout::official, "");
     builder.set_dtype(Dtype::f16);
     builder.write(init);
     const Safetensors file = opened(init);
@@ -604,7 +542,7 @@ TEST_CASE("inherit: new weights from a file") {
     other.inner_model = InnerModelKind::swiglu;
     CHECK(contains(message(convert(in, out, other, true)), "has inner model mlp, but swiglu is asked for"));
   }
-  const auto refused = [&](const Builder& builder, const char* expected) {
+  const auto refused = [&](const CheckpointBuilder& builder, const char* expected) {
     builder.write(init);
     const Safetensors file = opened(init);
     const FileStatus status = convert(in, out, options(file));
@@ -612,7 +550,7 @@ TEST_CASE("inherit: new weights from a file") {
     CHECK(contains(message(status), expected));
     CHECK_FALSE(fs::exists(out));
   };
-  Builder builder = all({}, Sd35Layout::diffusers, "");
+  CheckpointBuilder builder = all({}, Sd35Layout::diffusers, "");
   SUBCASE("a module is missing") {
     for (const TensorSpec& spec : module_tensors("transformer_blocks.4.attn", {}, 2, 4, Dtype::f32))
       builder.remove(spec.name);
@@ -740,92 +678,6 @@ TEST_CASE("inherit: a failure leaves everything as it was") {
     CHECK(contains(message(convert(model, folder / "out")), "link to a folder"));
     CHECK(folder.names() == names);
   }
-}
-
-TEST_CASE("conversion: what a file says and what it holds must agree") {
-  TemporaryFolder folder;
-  const auto path = folder / "t5.safetensors";
-  const std::string stem = "transformer_blocks.3.attn";
-  const Builder good(module_tensors(stem, {}, 2, 4, Dtype::f32));
-  const Metadata said = conversion_metadata({{stem, {}}});
-  const auto outcome = [&](const Builder& builder, const Metadata& metadata) {
-    builder.write(path, metadata);
-    Conversion conversion;
-    return message(read_conversion(opened(path), conversion));
-  };
-  CHECK(outcome(good, said) == "ok");
-  CHECK(outcome(good, {}) == "ok");
-  CHECK(outcome(Builder({}), {}) == "ok");
-
-  const auto changed = [&](const std::string& key, const char* value) {
-    Metadata metadata = said;
-    if (value == nullptr)
-      metadata.erase(key);
-    else
-      metadata[key] = value;
-    return outcome(good, metadata);
-  };
-  const std::string dot = "linattn." + stem + ".";
-  CHECK(contains(changed("linattn.format", "2"), "linattn.format is not 1"));
-  CHECK(contains(changed("linattn.format", nullptr), "linattn.format is not 1"));
-  CHECK(contains(changed("linattn.format", "one"), "no number"));
-  CHECK(contains(changed("linattn.colour", "blue"), "not known to this version"));
-  CHECK(contains(changed(dot + "inner_model", "transformer"), "has inner_model \"transformer\""));
-  CHECK(
-      contains(changed(dot + "inner_model", "mlp"), "w3': is not a tensor of a module with inner model mlp"));
-  CHECK(contains(changed(dot + "inner_loss", "true"), "has inner_loss true"));
-  CHECK(contains(changed(dot + "inner_lr", "1x"), "no number"));
-  CHECK(contains(changed(dot + "inner_lr", "nan"), "no finite number"));
-  CHECK(contains(changed(dot + "key_norm_eps", "0"), "no positive number"));
-  CHECK(contains(changed(dot + "key_norm_eps", nullptr), "has no key_norm_eps"));
-  CHECK(contains(changed(dot + "conv", "false"), "q_conv2d.weight': is not a tensor of a module with"));
-  CHECK(contains(changed(dot + "conv", "yes"), "neither true nor false"));
-  CHECK(contains(changed(dot + "momentum", "0.9"), "a field that this version does not know"));
-  CHECK(contains(outcome(good, {{"linattn.format", "1"}}), "does not list the module"));
-  CHECK(contains(outcome(Builder({}), said), stem + ".w1': is missing"));
-
-  const auto with = [&](const std::function<void(Builder&)>& change) {
-    Builder builder = good;
-    change(builder);
-    return outcome(builder, {});
-  };
-  CHECK(contains(with([&](Builder& b) { b.remove(stem + ".w2"); }), "w2 is missing"));
-  CHECK(contains(with([&](Builder& b) { b.remove(stem + ".w1"); }), stem + ".w1': is missing"));
-  CHECK(contains(with([&](Builder& b) { b.remove(stem + ".q_conv2d.weight"); }),
-                 "is not a tensor of a module"));
-  CHECK(contains(with([&](Builder& b) { b.remove(stem + ".q_conv2d.bias"); }), "q_conv2d.bias': is missing"));
-  CHECK(contains(with([&](Builder& b) {
-                   b.at(stem + ".w1").shape = {2, 4, 4};
-                 }),
-                 "not [1, heads, head_dim, head_dim]"));
-  CHECK(contains(with([&](Builder& b) {
-                   b.at(stem + ".w1").shape = {1, 2, 4, 5};
-                 }),
-                 "not [1, heads, head_dim, head_dim]"));
-  CHECK(contains(with([&](Builder& b) {
-                   b.at(stem + ".w2").shape = {1, 2, 5, 5};
-                 }),
-                 "but F32 [1, 2, 4, 4] is needed"));
-  CHECK(contains(with([&](Builder& b) { b.at(stem + ".w2").dtype = Dtype::i32; }),
-                 "F64, F32, F16 or BF16 is needed"));
-
-  // Two matrices and no word: an MLP.
-  Builder two(module_tensors(stem, {.inner_model = InnerModelKind::mlp, .conv = false}, 2, 4, Dtype::f32));
-  two.write(path);
-  Conversion conversion;
-  require_ok(read_conversion(opened(path), conversion));
-  CHECK(conversion.at(stem) == ModuleConversion{.inner_model = InnerModelKind::mlp, .conv = false});
-
-  // Numbers survive both spellings to the last bit.
-  const Conversion odd{{stem, {.inner_lr = 0.1, .key_norm_eps = 1e-300}}};
-  good.write(path, conversion_metadata(odd));
-  require_ok(read_conversion(opened(path), conversion));
-  CHECK(conversion == odd);
-  write_text(folder / "config.json",
-             nlohmann::json{{"linattn", conversion_json<nlohmann::json>(odd)}}.dump());
-  good.write(path);
-  require_ok(read_conversion(opened(path), conversion, folder / "config.json"));
-  CHECK(conversion == odd);
 }
 
 TEST_CASE("inherit: the tiny model that diffusers wrote, with trained-size weights of all its modules") {

@@ -11,7 +11,7 @@
 #include <linattn/core/tensor.hpp>
 #include <linattn/weights/safetensors.hpp>
 
-namespace sd35 {
+namespace nn {
 
 using linattn::Index;
 using linattn::TensorView;
@@ -72,7 +72,7 @@ decltype(auto) visit(const Weight& weight, F&& f) {
 inline Weight Weight::rows(Index begin, Index count) const {
   if (shape.empty() || begin < 0 || count < 0 || begin + count > shape[0])
     throw std::logic_error(name + ": rows " + std::to_string(begin) + " to " + std::to_string(begin + count) +
-                           " of " + sd35::to_string(shape));
+                           " of " + nn::to_string(shape));
   Weight result = *this;
   const Index offset = shape[0] == 0 ? 0 : begin * (elements() / shape[0]);
   result.shape[0] = count;
@@ -107,4 +107,4 @@ struct LinearWeights {
   [[nodiscard]] Index out() const { return weight.extent(0); }
 };
 
-}  // namespace sd35
+}  // namespace nn

@@ -15,7 +15,7 @@
 #include "runtime.hpp"
 #include "weight.hpp"
 
-namespace sd35 {
+namespace nn {
 
 // Sees an intermediate (batch, rows, channels) as it is computed: for tests.
 template <class T>
@@ -85,4 +85,4 @@ template <class T>
 [[nodiscard]] Tensor<T> embed(Runtime& rt, const Weight& table, std::span<const std::int32_t> ids,
                               Index batch);
 
-}  // namespace sd35
+}  // namespace nn

@@ -4,7 +4,7 @@
 #include <linattn/core/status.hpp>
 #include <linattn/detail/simd.hpp>
 
-namespace sd35 {
+namespace nn {
 
 // out[i] = f(in[i]...); f takes packs or scalars. out may be one of in.
 template <class T, class F, class... Inputs>
@@ -27,4 +27,4 @@ template <class T, class F>
   return result;
 }
 
-}  // namespace sd35
+}  // namespace nn

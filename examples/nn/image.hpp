@@ -10,7 +10,7 @@
 
 #include "runtime.hpp"
 
-namespace sd35 {
+namespace nn {
 
 struct Image {
   Index width = 0, height = 0;
@@ -44,4 +44,4 @@ void write_png(const std::filesystem::path& path, const Image& image, const PngT
 /// Throws where write_png could not work, so that a long computation does not start in vain.
 void expect_writable(const std::filesystem::path& path);
 
-}  // namespace sd35
+}  // namespace nn

@@ -11,7 +11,7 @@
 
 #include "rows.hpp"
 
-namespace sd35 {
+namespace nn {
 namespace {
 
 using linattn::detail::fma;
@@ -215,4 +215,4 @@ SD35_INSTANTIATE(float)
 SD35_INSTANTIATE(double)
 #undef SD35_INSTANTIATE
 
-}  // namespace sd35
+}  // namespace nn

@@ -8,7 +8,7 @@
 #include <string>
 #include <system_error>
 
-namespace sd35 {
+namespace nn {
 
 // Throws "PATH: sentence".
 [[noreturn]] inline void fail(const std::filesystem::path& file, const std::string& what) {
@@ -32,4 +32,4 @@ namespace sd35 {
   return content;
 }
 
-}  // namespace sd35
+}  // namespace nn

@@ -8,9 +8,7 @@
 #include <string>
 #include <string_view>
 
-#include "pipeline.hpp"
-
-namespace sd35 {
+namespace nn {
 
 /// Minutes and seconds: "2:05".
 [[nodiscard]] inline std::string clock_text(double seconds) {
@@ -50,4 +48,4 @@ class ProgressBar {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-}  // namespace sd35
+}  // namespace nn

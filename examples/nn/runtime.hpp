@@ -17,7 +17,7 @@
 #include <linattn/core/status.hpp>
 #include <linattn/core/tensor.hpp>
 
-namespace sd35 {
+namespace nn {
 
 using linattn::In;
 using linattn::Index;
@@ -171,4 +171,4 @@ class Runtime {
   Buffer scratch_;
 };
 
-}  // namespace sd35
+}  // namespace nn

@@ -14,7 +14,7 @@
 
 #include <linattn/weights/atomic_file.hpp>
 
-namespace sd35 {
+namespace nn {
 namespace {
 
 namespace fs = std::filesystem;
@@ -170,4 +170,4 @@ void expect_writable(const fs::path& path) {
     fail(path, "cannot write into its folder: " + reason(errno));
 }
 
-}  // namespace sd35
+}  // namespace nn

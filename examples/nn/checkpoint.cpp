@@ -1,0 +1,120 @@
+#include "checkpoint.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <fstream>
+#include <stdexcept>
+#include <utility>
+
+#include <linattn/weights/json.hpp>
+
+#include "runtime.hpp"
+
+namespace nn {
+namespace {
+
+namespace fs = std::filesystem;
+using linattn::Safetensors;
+using linattn::TensorInfo;
+
+bool same_shape(const std::vector<Index>& wanted, const std::vector<Index>& shape) {
+  return std::equal(wanted.begin(), wanted.end(), shape.begin(), shape.end(),
+                    [](Index w, Index s) { return w == Checkpoint::any || w == s; });
+}
+
+std::string describe_shape(const std::vector<Index>& shape) {
+  std::string text = to_string(shape);
+  for (std::size_t at; (at = text.find("-1")) != std::string::npos;) text.replace(at, 2, "any");
+  return text;
+}
+
+}  // namespace
+
+bool holds(const Safetensors& files, const std::string& beginning) {
+  return std::any_of(files.tensors().begin(), files.tensors().end(),
+                     [&](const TensorInfo& info) { return info.name.starts_with(beginning); });
+}
+
+nlohmann::json read_config(const fs::path& folder) {
+  const fs::path path = folder / "config.json";
+  std::error_code ignored;
+  if (!fs::exists(path, ignored)) return nullptr;
+  std::ifstream file(path, std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  nlohmann::json config;
+  std::string why = linattn::parse_json(text, config);
+  if (why.empty() && !config.is_object()) why = "is not a JSON object";
+  if (!why.empty()) throw std::runtime_error(path.string() + ": " + why);
+  return config;
+}
+
+Weight copy(const Weight& weight, bool swap_halves) {
+  const std::size_t bytes = static_cast<std::size_t>(weight.elements()) * linattn::size_of(weight.dtype);
+  auto memory = std::make_shared<Buffer>(bytes);
+  const auto* source = static_cast<const std::byte*>(weight.data);
+  std::rotate_copy(source, source + (swap_halves ? bytes / 2 : 0), source + bytes, memory->data());
+  Weight result = weight;
+  result.data = memory->data();
+  result.owner = std::move(memory);
+  return result;
+}
+
+Checkpoint Checkpoint::open(const fs::path& path, const std::string& prefix) {
+  auto files = std::make_shared<Safetensors>();
+  if (const linattn::FileStatus status = Safetensors::open(path, *files); !status.ok())
+    throw std::runtime_error(message(status));
+  Checkpoint checkpoint;
+  checkpoint.files_ = std::move(files);
+  checkpoint.prefix_ = prefix;
+  std::error_code ignored;
+  checkpoint.config_ = read_config(fs::is_directory(path, ignored) ? path : path.parent_path());
+  return checkpoint;
+}
+
+void Checkpoint::fail(std::string_view tensor, const std::string& why) const {
+  throw std::runtime_error(path().string() + ": tensor '" + full_name(tensor) + "': " + why);
+}
+
+Weight Checkpoint::load(std::string_view tensor, const std::vector<Index>& expected) const {
+  const TensorInfo* found = info(tensor);
+  if (found == nullptr) fail(tensor, "missing, expected " + describe_shape(expected));
+  if (found->dtype != Dtype::f32 && found->dtype != Dtype::f16 && found->dtype != Dtype::bf16 &&
+      found->dtype != Dtype::f64)
+    fail(tensor, "expected F32, F16, BF16 or F64, got " + linattn::describe(*found));
+
+  if (on_load) on_load(found->name);
+  Weight weight{found->name, found->dtype, found->shape, found->bytes.data(), files_};
+  if (reinterpret_cast<std::uintptr_t>(weight.data) % linattn::size_of(weight.dtype) != 0)
+    weight = copy(weight);
+  return adapt(tensor, std::move(weight));
+}
+
+Weight Checkpoint::get(std::string_view tensor, const std::vector<Index>& shape) const {
+  Weight weight = load(tensor, shape);
+  if (!same_shape(shape, weight.shape))
+    fail(tensor, "expected " + describe_shape(shape) + ", got " + to_string(weight.shape));
+  return weight;
+}
+
+Weight Checkpoint::matrix(std::string_view tensor, Index out, Index in) const {
+  Weight weight = load(tensor, {out, in});
+  while (weight.shape.size() > 2 && weight.shape.back() == 1) weight.shape.pop_back();
+  if (!same_shape({out, in}, weight.shape))
+    fail(tensor, "expected " + describe_shape({out, in}) + ", got " + to_string(weight.shape));
+  return weight;
+}
+
+std::vector<std::string> Checkpoint::stored_names() const {
+  std::vector<std::string> names;
+  for (const TensorInfo& tensor : files_->tensors())
+    if (tensor.name.starts_with(prefix_)) names.push_back(tensor.name.substr(prefix_.size()));
+  return names;
+}
+
+void Checkpoint::throw_config(const char* key, const char* expected) const {
+  throw std::runtime_error((path().parent_path() / "config.json").string() + ": '" + key + "' is " +
+                           config_[key].dump() + ", expected " + expected);
+}
+
+}  // namespace nn

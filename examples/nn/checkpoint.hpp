@@ -1,0 +1,115 @@
+// The tensors of a model file by their names, as the examples load them.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include <linattn/weights/safetensors.hpp>
+#include <nlohmann/json.hpp>
+
+#include "weight.hpp"
+
+namespace nn {
+
+// Tensors stay mapped in the file's type; one that is misaligned for its type is copied. Failures throw
+// std::runtime_error with one sentence that names the file and the tensor. A model whose files come in several
+// layouts derives from this and says what a name is in its files.
+class Checkpoint {
+ public:
+  // A safetensors file, an index of shards, or a folder that holds one of them. Names are those of the file
+  // behind `prefix`.
+  [[nodiscard]] static Checkpoint open(const std::filesystem::path& path, const std::string& prefix = {});
+  virtual ~Checkpoint() = default;
+  Checkpoint(const Checkpoint&) = default;
+  Checkpoint(Checkpoint&&) = default;
+  Checkpoint& operator=(const Checkpoint&) = default;
+  Checkpoint& operator=(Checkpoint&&) = default;
+
+  // An axis that may have any extent.
+  static constexpr Index any = -1;
+
+  [[nodiscard]] bool has(std::string_view tensor) const { return info(tensor) != nullptr; }
+  // Throws if the tensor is missing, has another shape, or a type that is no weight (F8, integers).
+  [[nodiscard]] Weight get(std::string_view tensor, const std::vector<Index>& shape) const;
+  // A matrix [out, in]; a 1x1 convolution [out, in, 1, 1] is one.
+  [[nodiscard]] Weight matrix(std::string_view tensor, Index out, Index in) const;
+  template <class T>
+  [[nodiscard]] std::vector<T> vector(std::string_view tensor, Index extent) const {
+    return widen<T>(get(tensor, {extent}));
+  }
+  // `module.weight` [out, in] and `module.bias` [out].
+  template <class T>
+  [[nodiscard]] LinearWeights<T> linear(const std::string& module, Index out, Index in) const {
+    LinearWeights<T> weights = linear_without_bias<T>(module, out, in);
+    weights.bias = vector<T>(module + ".bias", weights.out());
+    return weights;
+  }
+  template <class T>
+  [[nodiscard]] LinearWeights<T> linear_without_bias(const std::string& module, Index out, Index in) const {
+    return {matrix(module + ".weight", out, in), {}};
+  }
+
+  // Called with the file's own name of each tensor that is loaded, to account for those that nobody wants.
+  std::function<void(const std::string& tensor)> on_load;
+
+  // Tensors as the file names them, without the prefix.
+  [[nodiscard]] std::vector<std::string> stored_names() const;
+  // config.json beside the tensors; null where there is none.
+  [[nodiscard]] const nlohmann::json& config() const { return config_; }
+  // An integer, a number or a string of config.json, or what to take where it does not say.
+  template <class V>
+  [[nodiscard]] V config_value(const char* key, V otherwise) const {
+    if (!config_.is_object() || !config_.contains(key) || config_[key].is_null()) return otherwise;
+    const nlohmann::json& value = config_[key];
+    if constexpr (std::is_same_v<V, std::string>) {
+      if (!value.is_string()) throw_config(key, "a string");
+    } else if constexpr (std::is_floating_point_v<V>) {
+      if (!value.is_number()) throw_config(key, "a number");
+    } else {
+      if (!value.is_number_integer()) throw_config(key, "an integer");
+    }
+    return value.get<V>();
+  }
+  [[nodiscard]] const linattn::Metadata& metadata() const { return files_->metadata(); }
+  [[nodiscard]] const linattn::Safetensors& files() const { return *files_; }
+  // The name in the file, prefix and all, of a canonical name.
+  [[nodiscard]] std::string full_name(std::string_view tensor) const { return prefix_ + stored_name(tensor); }
+  [[nodiscard]] const std::filesystem::path& path() const { return files_->path(); }
+
+ protected:
+  Checkpoint() = default;
+
+  // The name in the file, without the prefix.
+  [[nodiscard]] virtual std::string stored_name(std::string_view tensor) const { return std::string(tensor); }
+  // What a tensor of the file becomes under the name that was asked for.
+  [[nodiscard]] virtual Weight adapt(std::string_view, Weight weight) const { return weight; }
+
+  [[nodiscard]] const linattn::TensorInfo* info(std::string_view tensor) const {
+    return files_->find(full_name(tensor));
+  }
+  [[noreturn]] void fail(std::string_view tensor, const std::string& why) const;
+
+  std::shared_ptr<const linattn::Safetensors> files_;
+  std::string prefix_;
+  nlohmann::json config_;
+
+ private:
+  [[nodiscard]] Weight load(std::string_view tensor, const std::vector<Index>& expected) const;
+  [[noreturn]] void throw_config(const char* key, const char* expected) const;
+};
+
+// The config.json of a folder; null where there is none.
+[[nodiscard]] nlohmann::json read_config(const std::filesystem::path& folder);
+
+// Whether the name of any tensor begins so.
+[[nodiscard]] bool holds(const linattn::Safetensors& files, const std::string& beginning);
+
+// The same weight in memory of its own, its halves swapped or not.
+[[nodiscard]] Weight copy(const Weight& weight, bool swap_halves = false);
+
+}  // namespace nn
