@@ -1,10 +1,11 @@
 // What a converted checkpoint says of its Test-Time-Training modules, and the tensors that such a module has.
 //
 // A module is known by its stem: the part of its tensors' names before ".w1", as they stand in the file, e.g.
-// "model.diffusion_model.joint_blocks.3.x_block.attn2" or "transformer_blocks.3.attn2". A single file carries
-// in its __metadata__ "linattn.format" = "1" and for every module "linattn.<stem>.<field>"; a diffusers folder
-// carries in transformer/config.json {"linattn": {"format": 1, "modules": {<stem>: {<field>: value}}}}.
-// Fields: inner_model, inner_loss, inner_lr, key_norm_eps, conv.
+// "model.diffusion_model.joint_blocks.3.x_block.attn2", "transformer_blocks.3.attn2" or "blocks.3.attn". A
+// single file carries in its __metadata__ "linattn.format" = "1" and for every module "linattn.<stem>.<field>";
+// a folder carries in its config.json {"linattn": {"format": 1, "modules": {<stem>: {<field>: value}}}}.
+// Fields: inner_model, inner_loss, inner_lr, key_norm_eps, conv, and neighborhood where it is not 0.
+// "linattn.heads" is optional: the heads of every attention, for those whose tensors do not tell it.
 #pragma once
 
 #include <array>
@@ -52,15 +53,23 @@ struct ModuleConversion {
   double inner_lr = 1;
   double key_norm_eps = 1;
   bool conv = true;
+  // The window of the neighborhood attention that the TTT output is averaged with, half and half, as DiT5's
+  // MixedAttention does; 0: none. Its queries and keys are scaled and shifted channel by channel first.
+  Index neighborhood = 0;
 
   bool operator==(const ModuleConversion&) const = default;
 };
+
+// DiT5's MixedAttention as the paper has it.
+inline constexpr ModuleConversion dit5_module{
+    .inner_model = InnerModelKind::mlp, .inner_loss = InnerLossKind::squared_error, .neighborhood = 5};
 
 // Stem -> what became of the module. Modules that are not in it are softmax attention.
 using Conversion = std::map<std::string, ModuleConversion, std::less<>>;
 
 // The parameters of a module, relative to its stem: w1.. [1, heads, d, d]; q_conv2d.weight [heads * d, 1, 3, 3]
-// and q_conv2d.bias [heads * d], k_conv2d likewise.
+// and q_conv2d.bias [heads * d], k_conv2d likewise; beside neighborhood attention qk_scale_ttt and qk_offset_ttt
+// [1, 1, heads * d, 2], column 0 for the queries and 1 for the keys.
 [[nodiscard]] inline std::vector<TensorSpec> module_tensors(std::string_view stem,
                                                             const ModuleConversion& module, Index heads,
                                                             Index head_dim, Dtype dtype) {
@@ -73,13 +82,26 @@ using Conversion = std::map<std::string, ModuleConversion, std::less<>>;
       specs.push_back({dot + conv + ".weight", dtype, {heads * head_dim, 1, 3, 3}});
       specs.push_back({dot + conv + ".bias", dtype, {heads * head_dim}});
     }
+  if (module.neighborhood > 0)
+    for (const char* affine : {"qk_scale_ttt", "qk_offset_ttt"})
+      specs.push_back({dot + affine, dtype, {1, 1, heads * head_dim, 2}});
   return specs;
 }
 
 namespace detail {
 
-inline constexpr std::array<std::string_view, 7> module_suffixes{
-    ".w1", ".w2", ".w3", ".q_conv2d.weight", ".q_conv2d.bias", ".k_conv2d.weight", ".k_conv2d.bias"};
+inline constexpr std::array<std::string_view, 9> module_suffixes{".w1",
+                                                                 ".w2",
+                                                                 ".w3",
+                                                                 ".q_conv2d.weight",
+                                                                 ".q_conv2d.bias",
+                                                                 ".k_conv2d.weight",
+                                                                 ".k_conv2d.bias",
+                                                                 ".qk_scale_ttt",
+                                                                 ".qk_offset_ttt"};
+
+// Of a window of neighborhood attention: odd, and no larger than any picture.
+inline constexpr Index largest_neighborhood = 1 << 15;
 
 }  // namespace detail
 
@@ -100,7 +122,8 @@ namespace detail {
   if (!fields.is_object()) return "is not an object";
   for (const char* field : {"inner_model", "inner_loss", "inner_lr", "key_norm_eps", "conv"})
     if (!fields.contains(field)) return "has no " + std::string(field);
-  if (fields.size() != 5) return "has a field that this version does not know";
+  if (fields.size() != (fields.contains("neighborhood") ? 6 : 5))
+    return "has a field that this version does not know";
 
   bool known = false;
   for (const auto kind : {InnerModelKind::linear, InnerModelKind::mlp, InnerModelKind::swiglu})
@@ -120,15 +143,24 @@ namespace detail {
   out.key_norm_eps = fields["key_norm_eps"].get<double>();
   if (!fields["conv"].is_boolean()) return "has a conv that is neither true nor false";
   out.conv = fields["conv"].get<bool>();
+  if (!fields.contains("neighborhood")) return {};
+  const nlohmann::json& window = fields["neighborhood"];
+  if (!window.is_number() || !(window.get<double>() >= 0 && window.get<double>() <= largest_neighborhood))
+    return "has a neighborhood that is no size of a window";
+  out.neighborhood = static_cast<Index>(window.get<double>());
+  if (static_cast<double>(out.neighborhood) != window.get<double>() ||
+      (out.neighborhood != 0 && out.neighborhood % 2 == 0))
+    return "has a neighborhood that is neither 0 nor odd";
   return {};
 }
 
 [[nodiscard]] inline FileStatus parse_modules(const std::filesystem::path& path,
                                               const nlohmann::json& linattn, Conversion& out) {
-  if (!linattn.is_object() || !linattn.contains("format") || linattn["format"] != 1)
+  const auto has = [&](const char* key) { return linattn.contains(key); };
+  if (!linattn.is_object() || !has("format") || linattn["format"] != 1)
     return file_error(path, "linattn.format is not 1, the only format that this version reads");
-  if (!linattn.contains("modules") || !linattn["modules"].is_object() || linattn.size() != 2)
-    return file_error(path, "linattn holds something other than format and modules");
+  if (!has("modules") || !linattn["modules"].is_object() || linattn.size() != (has("heads") ? 3 : 2))
+    return file_error(path, "linattn holds something other than format, heads and modules");
   for (const auto& item : linattn["modules"].items()) {
     ModuleConversion module;
     if (const std::string why = parse_module(item.value(), module); !why.empty())
@@ -148,7 +180,8 @@ namespace detail {
     const std::size_t dot = rest.rfind('.');
     const std::string field = dot == std::string::npos ? rest : rest.substr(dot + 1);
     nlohmann::json parsed = value;
-    if (field == "format" || field == "inner_lr" || field == "key_norm_eps") {
+    if (field == "format" || field == "heads" || field == "inner_lr" || field == "key_norm_eps" ||
+        field == "neighborhood") {
       double number = 0;
       const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
       if (error != std::errc() || end != value.data() + value.size())
@@ -159,7 +192,7 @@ namespace detail {
     }
     if (dot != std::string::npos)
       out["modules"][rest.substr(0, dot)][field] = std::move(parsed);
-    else if (field == "format")
+    else if (field == "format" || field == "heads")
       out[field] = std::move(parsed);
     else
       return "metadata " + printable(key) + " is not known to this version";
@@ -195,7 +228,8 @@ namespace detail {
       return file_error(model.path(),
                         "is not a tensor of a module with inner model " +
                             std::string(name(module.inner_model)) +
-                            (module.conv ? " and conv" : " and no conv"),
+                            (module.conv ? " and conv" : " and no conv") +
+                            (module.neighborhood > 0 ? " beside neighborhood attention" : ""),
                         tensor);
   return {};
 }
@@ -205,8 +239,9 @@ namespace detail {
 // Reads which modules of a checkpoint are converted, and how. `config` is the config.json of a diffusers
 // transformer, or empty; without a "linattn" object in it the file's own metadata counts. A checkpoint that
 // says nothing has the modules that its tensors tell: SwiGlu with three matrices, Mlp with two, the conv where
-// its tensors are, else the defaults. An original checkpoint gives an empty map. Tensors and words that
-// disagree are an error, and so is a module that is only half there.
+// its tensors are, DiT5's form (Mlp, squared error, beside neighborhood attention of 5 x 5) where qk_scale_ttt
+// is, else the defaults. An original checkpoint gives an empty map. Tensors and words that disagree are an
+// error, and so is a module that is only half there.
 [[nodiscard]] inline FileStatus read_conversion(const Safetensors& model, Conversion& out,
                                                 const std::filesystem::path& config = {}) {
   using nlohmann::json;
@@ -242,11 +277,19 @@ namespace detail {
           model.path(),
           "tells no inner model: there are no linattn metadata, and " + std::string(*stem) + ".w2 is missing",
           info.name);
-    out[std::string(*stem)] = {.inner_model = has(".w3") ? InnerModelKind::swiglu : InnerModelKind::mlp,
-                               .conv = has(".q_conv2d.weight")};
+    ModuleConversion& module = out[std::string(*stem)];
+    module = has(".qk_scale_ttt") ? dit5_module : ModuleConversion{};
+    if (!has(".qk_scale_ttt") && !has(".w3")) module.inner_model = InnerModelKind::mlp;
+    module.conv = has(".q_conv2d.weight");
   }
-  for (const auto& [stem, module] : out)
+  for (const auto& [stem, module] : out) {
     if (FileStatus status = detail::check_module(model, stem, module); !status.ok()) return status;
+    const TensorInfo& w1 = *model.find(stem + ".w1");
+    if (said.is_object() && said.contains("heads") && said["heads"] != w1.shape[1])
+      return detail::file_error(
+          source, "is " + describe(w1) + ", but linattn.heads is " + detail::printable(said["heads"].dump()),
+          w1.name, Code::shape);
+  }
   return {};
 }
 
@@ -260,9 +303,11 @@ namespace detail {
 
 }  // namespace detail
 
-// A conversion as entries of __metadata__; read_conversion reads them back.
-[[nodiscard]] inline Metadata conversion_metadata(const Conversion& conversion) {
+// A conversion as entries of __metadata__; read_conversion reads them back. `heads` where it is to be said.
+[[nodiscard]] inline Metadata conversion_metadata(const Conversion& conversion,
+                                                  std::optional<Index> heads = std::nullopt) {
   Metadata out{{"linattn.format", "1"}};
+  if (heads) out["linattn.heads"] = std::to_string(*heads);
   for (const auto& [stem, module] : conversion) {
     const std::string dot = "linattn." + stem + ".";
     out[dot + "inner_model"] = name(module.inner_model);
@@ -270,21 +315,28 @@ namespace detail {
     out[dot + "inner_lr"] = detail::shortest(module.inner_lr);
     out[dot + "key_norm_eps"] = detail::shortest(module.key_norm_eps);
     out[dot + "conv"] = module.conv ? "true" : "false";
+    // Not said where it is 0: what knew no neighborhood can read the file.
+    if (module.neighborhood > 0) out[dot + "neighborhood"] = std::to_string(module.neighborhood);
   }
   return out;
 }
 
 // A conversion as the "linattn" object of a config.json.
 template <class Json>
-[[nodiscard]] Json conversion_json(const Conversion& conversion) {
+[[nodiscard]] Json conversion_json(const Conversion& conversion, std::optional<Index> heads = std::nullopt) {
   Json modules = Json::object();
-  for (const auto& [stem, module] : conversion)
+  for (const auto& [stem, module] : conversion) {
     modules[stem] = {{"inner_model", name(module.inner_model)},
                      {"inner_loss", name(module.inner_loss)},
                      {"inner_lr", module.inner_lr},
                      {"key_norm_eps", module.key_norm_eps},
                      {"conv", module.conv}};
-  return {{"format", 1}, {"modules", std::move(modules)}};
+    if (module.neighborhood > 0) modules[stem]["neighborhood"] = module.neighborhood;
+  }
+  Json out{{"format", 1}};
+  if (heads) out["heads"] = *heads;
+  out["modules"] = std::move(modules);
+  return out;
 }
 
 LINATTN_END
