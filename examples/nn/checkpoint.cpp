@@ -79,6 +79,8 @@ void Checkpoint::fail(std::string_view tensor, const std::string& why) const {
 Weight Checkpoint::load(std::string_view tensor, const std::vector<Index>& expected) const {
   const TensorInfo* found = info(tensor);
   if (found == nullptr) fail(tensor, "missing, expected " + describe_shape(expected));
+  if (found->dtype == Dtype::f8_e4m3 || found->dtype == Dtype::f8_e5m2)
+    fail(tensor, "8-bit weights are not supported; use the 16-bit file");
   if (found->dtype != Dtype::f32 && found->dtype != Dtype::f16 && found->dtype != Dtype::bf16 &&
       found->dtype != Dtype::f64)
     fail(tensor, "expected F32, F16, BF16 or F64, got " + linattn::describe(*found));
