@@ -76,24 +76,7 @@ class Autoencoder {
 };
 
 linattn::FileStatus write(const char* path) {
-  linattn::Sd35Model medium{.layout = linattn::Sd35Layout::official,
-                            .prefix = "model.diffusion_model.",
-                            .depth = 24,
-                            .width = 1536,
-                            .heads = 24,
-                            .head_dim = 64,
-                            .channels = 16,
-                            .patch = 2,
-                            .positions = 384 * 384,
-                            .frequencies = 256,
-                            .pooled = 2048,
-                            .context = 4096,
-                            .hidden = 6144,
-                            .outputs = 64,
-                            .qk_norm = true,
-                            .dual_blocks = {}};
-  for (Index block = 0; block <= 12; ++block) medium.dual_blocks.insert(block);
-  std::vector<TensorSpec> specs = sd35_tensors(medium);
+  std::vector<TensorSpec> specs = sd35_tensors(linattn::sd35_medium());
   for (TensorSpec& spec : specs) spec.dtype = Dtype::f16;
   const std::vector<TensorSpec> vae = Autoencoder().tensors();
   std::printf("%zu + %zu tensors\n", specs.size(), vae.size());

@@ -86,22 +86,7 @@ FileStatus convert(const fs::path& from, const fs::path& to, const InheritOption
 
 TEST_CASE("sd35: the tensors of the family number as in the published files") {
   // 665 and 923 tensors, 2,243,171,520 and 8,056,627,520 parameters without the table of positions.
-  Sd35Model medium{.layout = Sd35Layout::official,
-                   .prefix = "model.diffusion_model.",
-                   .depth = 24,
-                   .width = 1536,
-                   .heads = 24,
-                   .head_dim = 64,
-                   .channels = 16,
-                   .patch = 2,
-                   .positions = 147'456,
-                   .frequencies = 256,
-                   .pooled = 2048,
-                   .context = 4096,
-                   .hidden = 6144,
-                   .outputs = 64,
-                   .qk_norm = true,
-                   .dual_blocks = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}};
+  const Sd35Model medium = sd35_medium();
   Sd35Model large = medium;
   large.depth = large.heads = 38;
   large.width = 2432;
@@ -139,9 +124,8 @@ TEST_CASE("sd35: stems of modules, there and back") {
 }
 
 TEST_CASE("inherit: which modules a choice means") {
-  Sd35Model medium = tiny(Sd35Layout::official), large = medium;
-  medium.depth = 24;
-  medium.dual_blocks = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+  const Sd35Model medium = sd35_medium();
+  Sd35Model large = medium;
   large.depth = 38;
   large.dual_blocks.clear();
   const auto select = [](const Sd35Model& model, const char* choice) {

@@ -10,6 +10,7 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <linattn/version.hpp>
@@ -46,6 +47,26 @@ struct Sd35Model {
     return all;
   }
 };
+
+// Stable Diffusion 3.5 Medium, as published.
+[[nodiscard]] inline Sd35Model sd35_medium(std::string prefix = "model.diffusion_model.") {
+  return {.layout = Sd35Layout::official,
+          .prefix = std::move(prefix),
+          .depth = 24,
+          .width = 1536,
+          .heads = 24,
+          .head_dim = 64,
+          .channels = 16,
+          .patch = 2,
+          .positions = 384 * 384,
+          .frequencies = 256,
+          .pooled = 2048,
+          .context = 4096,
+          .hidden = 6144,
+          .outputs = 64,
+          .qk_norm = true,
+          .dual_blocks = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}};
+}
 
 // The stem of a module's tensors, without prefix.
 [[nodiscard]] inline std::string sd35_stem(Sd35Layout layout, Sd35Module module) {
