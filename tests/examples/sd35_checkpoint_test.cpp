@@ -348,7 +348,7 @@ TEST_CASE("errors name the file, the tensor, and what was expected") {
         (void)Checkpoint::open(folder / "f8.safetensors", Component::clip_g)
             .get("text_projection.weight", {20, 24});
       },
-      {"8-bit", "16-bit", "text_model."});
+      {"8-bit", "16-bit", "text_projection.weight"});
   sd35_files::write(folder / "i32.safetensors", eight, Dtype::i32);
   fails(
       [&] {
