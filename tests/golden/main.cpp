@@ -1,7 +1,8 @@
 // golden PATH... [--ops a,b]: runs recorded cases (safetensors files, or folders of them) by their `op`.
 //
 // A line a tensor, then "N passed, N failed" where N counts cases. Exit code 0 when all passed, 1 when one failed
-// (a difference, an unknown op, an unknown or a missing tensor, a file that cannot be read), 2 for a wrong command.
+// (a difference, an unknown op, an unknown or a missing tensor, a file that cannot be read) or none was run, 2 for a
+// wrong command.
 #include <algorithm>
 #include <cstdio>
 #include <exception>
@@ -131,5 +132,5 @@ int main(int count, char** values) {
   }
   if (skipped > 0) std::printf("%d cases of other ops skipped\n", skipped);
   std::printf("%d passed, %d failed\n", passed, failed);
-  return failed == 0 ? 0 : 1;
+  return failed == 0 && passed > 0 ? 0 : 1;
 }
