@@ -4,6 +4,7 @@
 #define LINATTN_VERSION_MAJOR 0
 #define LINATTN_VERSION_MINOR 1
 #define LINATTN_VERSION_PATCH 0
+#define LINATTN_VERSION "0.1.0"
 
 // Functions marked LINATTN_HD are callable on the host and in CUDA device code.
 #if defined(__CUDACC__)

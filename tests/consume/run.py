@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Builds and runs users of the library as users do: from the installed tree with a bare compiler, and as a Meson
-subproject of the source tree. The user's program is examples/hello_cpu.cpp, which is the README's example."""
+"""Builds and runs users of the library as users do: from the installed tree with a bare compiler, by pkg-config and by
+CMake's find_package, there and after the tree was moved; and as a Meson subproject of the source tree. The user's program
+is examples/hello_cpu.cpp, which is the README's example."""
 
 import argparse
+import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,10 +17,12 @@ HERE = pathlib.Path(__file__).resolve().parent
 STRICT = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 
 
-def run(what: str, *command, cwd=None) -> None:
+def run(what: str, *command, cwd=None, fails_with: str = "") -> None:
+    """Runs a command that succeeds, or one that fails with these words."""
     result = subprocess.run([str(c) for c in command], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    print(f"{'ok  ' if result.returncode == 0 else 'FAIL'} {what}", flush=True)
-    if result.returncode != 0:
+    ok = result.returncode != 0 and fails_with in result.stdout if fails_with else result.returncode == 0
+    print(f"{'ok  ' if ok else 'FAIL'} {what}", flush=True)
+    if not ok:
         sys.exit(result.stdout[-8000:])
 
 
@@ -29,9 +34,15 @@ def readme(source: pathlib.Path) -> None:
     print("ok   README.md's C++ example is examples/hello_cpu.cpp", flush=True)
 
 
-def installed(source: pathlib.Path, build: pathlib.Path, compilers: list[str], scratch: pathlib.Path) -> None:
-    run("meson install", "meson", "install", "-C", build, "--no-rebuild", "--skip-subprojects", "--destdir", scratch / "root")
-    (include,) = (p.parent.parent for p in (scratch / "root").rglob("linattn/cpu.hpp"))
+def install(build: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
+    """The prefix of an installed tree."""
+    run("meson install", "meson", "install", "-C", build, "--no-rebuild", "--skip-subprojects", "--tags", "devel",
+        "--destdir", scratch / "root")
+    (header,) = (scratch / "root").rglob("include/linattn/cpu.hpp")
+    return header.parents[2]
+
+
+def bare(source: pathlib.Path, prefix: pathlib.Path, compilers: list[str], scratch: pathlib.Path) -> None:
     for compiler in compilers:
         for name, flags in {
             "-O2": ["-O2"],
@@ -39,9 +50,37 @@ def installed(source: pathlib.Path, build: pathlib.Path, compilers: list[str], s
             "-O1 -fno-exceptions -fno-rtti": ["-O1", "-fno-exceptions", "-fno-rtti"],
         }.items():
             program = scratch / "hello"
-            run(f"{compiler} {name} on the installed tree", compiler, "-std=c++20", *flags, *STRICT, f"-I{include}",
+            run(f"{compiler} {name} on the installed tree", compiler, "-std=c++20", *flags, *STRICT, f"-I{prefix}/include",
                 "-isystem/usr/include/eigen3", source / "examples" / "hello_cpu.cpp", "-o", program)
             run("     runs", program)
+
+
+def pkg_config(source: pathlib.Path, prefix: pathlib.Path, compiler: str, scratch: pathlib.Path) -> None:
+    if shutil.which("pkg-config") is None:
+        return print("skip pkg-config: it is not installed", flush=True)
+    environment = {**os.environ, "PKG_CONFIG_PATH": str(prefix / "share" / "pkgconfig")}
+    flags = subprocess.run(["pkg-config", "--cflags", "--libs", "linattn"], env=environment, text=True, capture_output=True)
+    if flags.returncode != 0:
+        sys.exit(f"FAIL pkg-config: {flags.stderr}")
+    program = scratch / "hello"
+    run(f"pkg-config, {prefix.name}", compiler, "-std=c++20", source / "examples" / "hello_cpu.cpp",
+        *shlex.split(flags.stdout), "-o", program)
+    run("     runs", program)
+
+
+def cmake(source: pathlib.Path, prefix: pathlib.Path, compiler: str, scratch: pathlib.Path) -> None:
+    if shutil.which("cmake") is None:
+        return print("skip CMake: it is not installed", flush=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        project = pathlib.Path(folder)
+        shutil.copytree(HERE / "cmake", project, dirs_exist_ok=True)
+        shutil.copy(source / "examples" / "hello_cpu.cpp", project)
+        configure = ["cmake", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+        run(f"CMake, {prefix.name}: configure", *configure, "-S", project, "-B", project / "build")
+        run("     build", "cmake", "--build", project / "build")
+        run("     runs", project / "build" / "hello")
+        run("     a version to come is refused", *configure, "-DWANTED=999", "-S", project, "-B", project / "other",
+            fails_with="not accepted")
 
 
 def subproject(source: pathlib.Path, scratch: pathlib.Path) -> None:
@@ -66,8 +105,15 @@ def main() -> None:
     source, build = arguments.source.resolve(), arguments.build.resolve()
     readme(source)
     with tempfile.TemporaryDirectory() as folder:
-        installed(source, build, arguments.compiler, pathlib.Path(folder))
-        subproject(source, pathlib.Path(folder))
+        scratch = pathlib.Path(folder)
+        prefix = install(build, scratch)
+        bare(source, prefix, arguments.compiler, scratch)
+        for place in (prefix, scratch / "moved elsewhere"):
+            if place != prefix:
+                prefix.rename(place)
+            pkg_config(source, place, arguments.compiler[0], scratch)
+            cmake(source, place, arguments.compiler[0], scratch)
+        subproject(source, scratch)
 
 
 if __name__ == "__main__":
