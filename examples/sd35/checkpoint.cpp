@@ -111,6 +111,17 @@ std::string diffusers_transformer_name(std::string_view name) {
   return "transformer_blocks." + std::to_string(block) + "." + rename(rest, inside);
 }
 
+// Files of before 2023, such as sd-vae-ft-mse, name the parts of an attention otherwise.
+std::string old_attention_name(std::string name) {
+  static constexpr std::array<Renaming, 4> parts{
+      {{"to_q.", "query."}, {"to_k.", "key."}, {"to_v.", "value."}, {"to_out.0.", "proj_attn."}}};
+  static constexpr std::string_view attention = ".attentions.0.";
+  const std::size_t at = name.find(attention);
+  if (at == std::string::npos) return name;
+  const std::size_t part = at + attention.size();
+  return name.substr(0, part) + rename(std::string_view(name).substr(part), parts);
+}
+
 std::string diffusers_vae_name(std::string_view name, Index levels) {
   static constexpr std::array<Renaming, 8> outside{{
       {"decoder.norm_out.", "decoder.conv_norm_out."},
@@ -213,6 +224,8 @@ std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Comp
   if (component == Component::vae && checkpoint.diffusers_)
     while (holds(*checkpoint.files_, levels + std::to_string(checkpoint.vae_levels_) + "."))
       ++checkpoint.vae_levels_;
+  checkpoint.vae_old_attention_ =
+      holds(*checkpoint.files_, checkpoint.prefix_ + "decoder.mid_block.attentions.0.query.");
 
   for (const TensorInfo& info : checkpoint.files_->tensors())
     if (info.name.starts_with(checkpoint.prefix_) && info.name.ends_with(".scale_weight"))
@@ -245,7 +258,10 @@ std::string Checkpoint::stored_name(std::string_view tensor) const {
       return fused.replace(dot + 1, 1, "qkv");
     }
   }
-  if (component_ == Component::vae && diffusers_) return diffusers_vae_name(tensor, vae_levels_);
+  if (component_ == Component::vae && diffusers_) {
+    std::string stored = diffusers_vae_name(tensor, vae_levels_);
+    return vae_old_attention_ ? old_attention_name(std::move(stored)) : stored;
+  }
   return std::string(tensor);
 }
 

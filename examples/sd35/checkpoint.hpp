@@ -47,6 +47,7 @@ class Checkpoint : public nn::Checkpoint {
   Component component_ = Component::transformer;
   bool diffusers_ = false;
   Index vae_levels_ = 0;
+  bool vae_old_attention_ = false;
 };
 
 }  // namespace sd35

@@ -181,6 +181,7 @@ typename VaeDecoder<T>::Conv load_conv(const Checkpoint& checkpoint, const std::
 
 VaeConfig VaeConfig::of(const Checkpoint& checkpoint) {
   VaeConfig config;
+  if (checkpoint.has("post_quant_conv.weight")) config.scaling = 0.18215, config.shift = 0;
   config.groups = checkpoint.config_value("norm_num_groups", config.groups);
   config.scaling = checkpoint.config_value("scaling_factor", config.scaling);
   config.shift = checkpoint.config_value("shift_factor", config.shift);
@@ -213,10 +214,9 @@ typename VaeDecoder<T>::ResBlock VaeDecoder<T>::load_block(const Checkpoint& che
 template <class T>
 VaeDecoder<T>::VaeDecoder(const Checkpoint& checkpoint, const VaeConfig& config) : config_(config) {
   if (checkpoint.has("post_quant_conv.weight"))
-    throw std::runtime_error(
-        checkpoint.path().string() +
-        ": tensor 'post_quant_conv.weight': this is the VAE of another model, SD3.5's has none");
-  conv_in_ = load_conv<T>(checkpoint, "decoder.conv_in", Checkpoint::any, Checkpoint::any);
+    post_quant_ = checkpoint.linear<T>("post_quant_conv", Checkpoint::any, Checkpoint::any);
+  conv_in_ = load_conv<T>(checkpoint, "decoder.conv_in", Checkpoint::any,
+                          post_quant_ ? post_quant_->out() : Checkpoint::any);
   Index channels = conv_in_.weights.out();
   mid1_ = load_block(checkpoint, "decoder.mid.block_1.", channels);
   channels = mid1_.conv1.weights.out();
@@ -247,6 +247,11 @@ VaeDecoder<T>::VaeDecoder(const Checkpoint& checkpoint, const VaeConfig& config)
   }
   norm_out_ = load_norm(checkpoint, "decoder.norm_out", channels);
   conv_out_ = load_conv<T>(checkpoint, "decoder.conv_out", Checkpoint::any, channels);
+}
+
+template <class T>
+Index VaeDecoder<T>::latent_channels() const {
+  return post_quant_ ? post_quant_->in() : conv_in_.in;
 }
 
 template <class T>
@@ -341,6 +346,10 @@ Tensor<T> VaeDecoder<T>::decode(Runtime& rt, const TensorView<const T, 4>& laten
           x.view()(b, y * width + i, c) =
               latent(b, c, y, i) / static_cast<T>(config_.scaling) + static_cast<T>(config_.shift);
   show("z", x);
+  if (post_quant_) {
+    x.values = linear<T>(rt, x.view(), *post_quant_);
+    show("post_quant_conv", x);
+  }
 
   const auto replace_by_conv = [&](const Conv& conv, const ConvInput<T>& input) {
     const Index scale = input.upsample ? 2 : 1;

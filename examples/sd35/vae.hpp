@@ -1,4 +1,4 @@
-// The decoder of SD3.5's VAE, of any size: latents to pictures.
+// The decoder of the VAE of Stable Diffusion, of any size: latents to pictures. SD3.5 has one, and DiT another.
 #pragma once
 
 #include <optional>
@@ -17,11 +17,12 @@ struct VaeConfig {
   Index groups = 32;  // of the group norms
   double scaling = 1.5305, shift = 0.0609;
 
-  // From config.json, where there is one.
+  // From config.json, where there is one. Without words on it, a VAE with a post_quant_conv is that of Stable
+  // Diffusion 1 and 2, which DiT works on: 0.18215 and no shift.
   [[nodiscard]] static VaeConfig of(const Checkpoint& checkpoint);
 };
 
-// conv_in; middle: residual block, attention, residual block; then a level at a time, coarsest first: residual
+// post_quant_conv (1 x 1), where the checkpoint has one; conv_in; middle: residual block, attention, residual block; then a level at a time, coarsest first: residual
 // blocks and, but for the last, nearest x2 with a convolution; group norm, SiLU, conv_out. Sizes come from the
 // shapes; the factor between latent and picture is 2^(levels - 1).
 //   res(x)  = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))
@@ -35,12 +36,12 @@ class VaeDecoder {
  public:
   VaeDecoder(const Checkpoint& checkpoint, const VaeConfig& config);
 
-  [[nodiscard]] Index latent_channels() const { return conv_in_.in; }
+  [[nodiscard]] Index latent_channels() const;
   // Pixels a latent position, along either axis.
   [[nodiscard]] Index factor() const;
 
   // The sampler's latent (batch, channels, h, w), any strides, to a picture (batch, h f, w f, colours), about
-  // -1 to 1 and not clamped. z = latent / scaling + shift. The observer gets "z", "conv_in", "mid.block_1",
+  // -1 to 1 and not clamped. z = latent / scaling + shift. The observer gets "z", "post_quant_conv", "conv_in", "mid.block_1",
   // ..., "up.0.block.0", "norm_out" as (batch, positions, channels).
   [[nodiscard]] Tensor<T> decode(Runtime& rt, const TensorView<const T, 4>& latent,
                                  const Observer<T>& observe = {}) const;
@@ -84,6 +85,7 @@ class VaeDecoder {
   void apply_attention(Runtime& rt, Image& x) const;
 
   VaeConfig config_;
+  std::optional<LinearWeights<T>> post_quant_;
   Conv conv_in_, conv_out_;
   ResBlock mid1_, mid2_;
   Norm attention_norm_;

@@ -244,6 +244,40 @@ TEST_CASE("the VAE decoder follows its formula, whatever the tiles cut") {
   SUBCASE("float") { check_vae<float>(Dtype::f16, {4, 8}, 1, 1, 5, 18); }
 }
 
+// post_quant_conv is a linear map of the latent: the reference gets the mapped one, its own scale undone.
+TEST_CASE("a VAE with a post_quant_conv applies it first, and has another scale") {
+  const Folder folder;
+  sd35_files::Parameters parameters = sd35_files::make_vae(Dtype::f32, {4, 8}, 1, 5);
+  sd35_files::Maker maker(Dtype::f32, 11);
+  maker.conv("post_quant_conv", 5, 3, 1);
+  parameters.merge(maker.parameters);
+  sd35_files::write(folder / "vae.safetensors", parameters, Dtype::f32, "first_stage_model.");
+  const Checkpoint checkpoint = Checkpoint::open(folder / "vae.safetensors", Component::vae);
+  sd35::VaeConfig config = sd35::VaeConfig::of(checkpoint);
+  CHECK(config.scaling == 0.18215);
+  CHECK(config.shift == 0);
+  config.groups = 4;
+  const sd35::VaeDecoder<double> model(checkpoint, config);
+  CHECK(model.latent_channels() == 3);
+
+  reference::Array latent({2, 3, 4, 6}), mapped({2, 5, 4, 6});
+  const TensorView<double, 4> z{latent.values.data(), {2, 3, 4, 6}}, out{mapped.values.data(), {2, 5, 4, 6}};
+  support::fill_normal(z, 4);
+  const std::vector<double>&weight = parameters.at("post_quant_conv.weight").values,
+        &bias = parameters.at("post_quant_conv.bias").values;
+  support::for_each_index(out.extents, [&](const auto& i) {
+    double sum = bias[static_cast<std::size_t>(i[1])];
+    for (Index c = 0; c < 3; ++c)
+      sum += weight[static_cast<std::size_t>(i[1] * 3 + c)] * z(i[0], c, i[2], i[3]) / 0.18215;
+    support::element(out, i) = (sum - 0.0609) * 1.5305;
+  });
+  sd35::Runtime rt(2);
+  const auto picture = model.decode(rt, z);
+  const auto expected = reference::to_tokens(reference::vae_decoder(parameters, mapped, 2, 1, 4));
+  support::check_relative(TensorView<const double, 1>{picture.data(), {picture.elements()}},
+                          TensorView<const double, 1>{expected.values.data(), {picture.elements()}}, 1e-12);
+}
+
 TEST_CASE("the group norm keeps its digits beside a large offset") {
   const Folder folder;
   sd35_files::Parameters parameters = sd35_files::make_vae(Dtype::f32, {4, 8}, 1, 5);
@@ -273,11 +307,12 @@ TEST_CASE("the VAE decoder refuses what does not fit") {
   sd35::Runtime rt(1);
   CHECK_THROWS_WITH_AS((void)model.decode(rt, {latent.data(), {1, 6, 2, 2}}),
                        doctest::Contains("[1, 6, 2, 2]"), std::runtime_error);
-  parameters["post_quant_conv.weight"] = reference::Array({5, 5, 1, 1});
-  sd35_files::write(folder / "sd1.safetensors", parameters, Dtype::f16);
+  parameters["post_quant_conv.weight"] = reference::Array({6, 6, 1, 1});
+  parameters["post_quant_conv.bias"] = reference::Array({6});
+  sd35_files::write(folder / "other.safetensors", parameters, Dtype::f16);
   CHECK_THROWS_WITH_AS(
-      sd35::VaeDecoder<float>(Checkpoint::open(folder / "sd1.safetensors", Component::vae), {.groups = 4}),
-      doctest::Contains("post_quant_conv"), std::runtime_error);
+      sd35::VaeDecoder<float>(Checkpoint::open(folder / "other.safetensors", Component::vae), {.groups = 4}),
+      doctest::Contains("expected [any, 6, 3, 3]"), std::runtime_error);
 }
 
 }  // namespace
