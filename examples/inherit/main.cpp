@@ -1,5 +1,5 @@
-// linattn-inherit: turns a softmax checkpoint of Stable Diffusion 3.5 into one with Test-Time-Training
-// attentions that inherit its weights.
+// linattn-inherit: turns a softmax checkpoint (Stable Diffusion 3.5, ViT or DeiT, DiT) into one with
+// Test-Time-Training attentions that inherits its weights.
 #include <unistd.h>
 
 #include <chrono>
@@ -60,9 +60,10 @@ class ProgressBar {
 struct Arguments {
   std::filesystem::path input, output, report;
   std::string replace = "paper", init = "zero-conv";
-  std::optional<std::string> inner_model;
+  std::optional<std::string> inner_model, weights;
   std::uint64_t seed = 0;
-  bool dry_run = false, json = false, force = false;
+  bool no_conv = false, dry_run = false, json = false, force = false;
+  linattn::FamilyOptions family;
 };
 
 int fail(const std::string& sentence) {
@@ -75,7 +76,10 @@ int run(const Arguments& arguments) {
   if (const auto status = linattn::open_checkpoint(arguments.input, checkpoint); !status.ok())
     return fail(message(status));
 
-  linattn::InheritOptions options{.replace = arguments.replace, .inner_model = {}, .seed = arguments.seed};
+  linattn::InheritOptions options{.replace = arguments.replace,
+                                  .conv = !arguments.no_conv,
+                                  .seed = arguments.seed,
+                                  .family = arguments.family};
   linattn::Safetensors init_file;
   if (arguments.init == "official") {
     options.init = linattn::Initialisation::official;
@@ -88,6 +92,8 @@ int run(const Arguments& arguments) {
   if (arguments.inner_model)
     options.inner_model =
         *arguments.inner_model == "mlp" ? linattn::InnerModelKind::mlp : linattn::InnerModelKind::swiglu;
+  if (arguments.weights)
+    options.family.weights = *arguments.weights == "ema" ? linattn::WeightSet::ema : linattn::WeightSet::raw;
 
   linattn::Plan plan;
   const auto planned = make_plan(checkpoint, options, plan);
@@ -109,7 +115,7 @@ int run(const Arguments& arguments) {
   }
   std::fprintf(stderr, "wrote %s in %.1f s\n", arguments.output.c_str(), progress.seconds());
   if (options.init != linattn::Initialisation::file)
-    std::cerr << "its new weights are untrained: until it is fine-tuned, its pictures are broken\n";
+    std::cerr << "its new weights are untrained: until it is fine-tuned, what it gives is broken\n";
   return 0;
 }
 
@@ -118,26 +124,39 @@ int run(const Arguments& arguments) {
 int main(int argc, char** argv) {
   Arguments arguments;
   CLI::App app(
-      "Replaces softmax attentions of a Stable Diffusion 3.5 checkpoint by Test-Time-Training modules\n"
-      "that inherit its projections. Every tensor of both models is accounted for; the report goes to\n"
-      "standard output. Exit code 0: done, 2: bad input or a failed write, and nothing is written.",
+      "Replaces softmax attentions of a checkpoint by Test-Time-Training modules that inherit its\n"
+      "projections: Stable Diffusion 3.5 becomes SD3.5-T5, a ViT or DeiT (names of timm) DeiT-T5, a DiT\n"
+      "DiT5. Every tensor of both models is accounted for; the report goes to standard output.\n"
+      "Exit code 0: done, 2: bad input or a failed write, and nothing is written.",
       "linattn-inherit");
-  app.add_option("input", arguments.input, "a single .safetensors file, or a model folder of diffusers")
+  app.add_option("input", arguments.input, "a single .safetensors file, or a model folder (with config.json)")
       ->required();
   app.add_option("output", arguments.output, "the file or folder to write; must not exist");
-  app.add_option("--replace", arguments.replace,
-                 "what to replace: paper (every attn2, and the joint attention of the last 5/24 of the "
-                 "blocks), all,\n"
-                 "attn2, joint, or blocks as attn2:0-12,joint:19-23")
+  app.add_option(
+         "--replace", arguments.replace,
+         "what to replace: paper (ViT, DiT: everything; SD3.5: every attn2, and the joint attention\n"
+         "of the last 5/24 of the blocks), all, a kind (ViT, DiT: attn; SD3.5: attn2, joint), or blocks\n"
+         "as attn:0-5 or attn2:0-12,joint:19-23")
       ->capture_default_str();
   app.add_option(
          "--init", arguments.init,
          "new weights: zero-conv (w ~ N(0, 0.02^2), no conv at first), official (conv ~ U(-1/3, 1/3)), or\n"
          "a .safetensors file that gives them by name")
       ->capture_default_str();
-  app.add_option("--inner-model", arguments.inner_model, "swiglu (default) or mlp")
+  app.add_option("--inner-model", arguments.inner_model, "swiglu (default) or mlp; DiT5 has mlp")
       ->check(CLI::IsMember({"swiglu", "mlp"}));
+  app.add_flag("--no-conv", arguments.no_conv,
+               "without convolutions; with --inner-model mlp it is the two-layer form of the paper (ttt-v0)");
   app.add_option("--seed", arguments.seed, "seed of the new weights")->capture_default_str();
+  app.add_option("--heads", arguments.family.heads,
+                 "ViT, DiT: heads of an attention, where neither config.json nor the size tells them");
+  app.add_option("--classes", arguments.family.classes,
+                 "ViT: classes of the converted model; a head of another size is dropped and new");
+  app.add_flag("--drop-cls", arguments.family.drop_cls,
+               "ViT: leave out the positions of class and distillation token");
+  app.add_option("--weights", arguments.weights,
+                 "ViT, DiT: raw (default where both are there) or ema, of a training checkpoint")
+      ->check(CLI::IsMember({"raw", "ema"}));
   app.add_flag("--dry-run", arguments.dry_run, "report only, write no model");
   app.add_option("--report", arguments.report, "write the report, tensor by tensor, to this JSON file");
   app.add_flag("--json", arguments.json, "the report on standard output as JSON");
@@ -146,7 +165,10 @@ int main(int argc, char** argv) {
       "Examples:\n"
       "  linattn-inherit sd3.5_medium.safetensors sd3.5_medium_t5.safetensors\n"
       "  linattn-inherit --dry-run --report plan.json stable-diffusion-3.5-large/\n"
-      "  linattn-inherit --replace attn2:0-12,joint:19-23 --init tuned.safetensors medium/ medium-t5/");
+      "  linattn-inherit --replace attn2:0-12,joint:19-23 --init tuned.safetensors medium/ medium-t5/\n"
+      "  linattn-inherit --drop-cls deit_tiny.safetensors deit_tiny_t5.safetensors\n"
+      "  linattn-inherit --drop-cls --inner-model mlp --no-conv deit_tiny.safetensors ttt_v0.safetensors\n"
+      "  linattn-inherit --weights ema DiT-XL-2-256x256.safetensors DiT5-XL-2.safetensors");
   try {
     app.parse(argc, argv);
     if (arguments.output.empty() && !arguments.dry_run)

@@ -60,6 +60,17 @@ struct ModuleConversion {
   bool operator==(const ModuleConversion&) const = default;
 };
 
+// "swiglu, inner product, conv"
+[[nodiscard]] inline std::string describe(const ModuleConversion& module) {
+  std::string text(name(module.inner_model));
+  text += module.inner_loss == InnerLossKind::inner_product ? ", inner product" : ", squared error";
+  text += module.conv ? ", conv" : ", no conv";
+  if (module.neighborhood > 0)
+    text += ", beside neighborhood attention of " + std::to_string(module.neighborhood) + " x " +
+            std::to_string(module.neighborhood);
+  return text;
+}
+
 // DiT5's MixedAttention as the paper has it.
 inline constexpr ModuleConversion dit5_module{
     .inner_model = InnerModelKind::mlp, .inner_loss = InnerLossKind::squared_error, .neighborhood = 5};

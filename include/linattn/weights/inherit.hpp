@@ -1,5 +1,5 @@
 // Weight inheritance: a softmax checkpoint becomes one whose attentions are Test-Time-Training modules.
-// Rules of the family (sd35.hpp) -> plan (inherit_plan.hpp) -> report (inherit_report.hpp) -> apply (here).
+// Rules of the family (sd35.hpp, vit.hpp, dit.hpp) -> plan (inherit_plan.hpp) -> report (inherit_report.hpp) -> apply (here).
 #pragma once
 
 #include <unistd.h>
@@ -129,12 +129,12 @@ class AtomicFolder {
       });
     return status;
   }
-  std::vector<float> values(count);
+  std::vector<float> values(count, 1.0f);
   TorchGenerator generator(item.seed);
   if (item.initialiser == Initialiser::normal) {
     generator.normal(values);
     for (float& value : values) value *= 0.02f;
-  } else {
+  } else if (item.initialiser == Initialiser::uniform) {
     constexpr float bound = 1.0f / 3.0f;  // 1 / sqrt(fan in) of a depthwise 3x3
     for (float& value : values) value = generator.uniform() * (2 * bound) - bound;
   }
@@ -156,8 +156,9 @@ class AtomicFolder {
   for (const PlanItem& item : plan.items)
     if (item.shard == shard && item.from != Source::drop) specs.push_back(item.target);
   // The metadata of a shard is that of the whole: of several shards only "format" is common to all.
-  Metadata metadata = source.metadata();
-  if (!checkpoint.folder()) metadata.merge(conversion_metadata(plan.conversion));
+  Metadata metadata;
+  if (!checkpoint.folder()) metadata = conversion_metadata(plan.conversion, plan.stated_heads());
+  metadata.merge(Metadata(source.metadata()));
 
   SafetensorsWriter writer;
   if (FileStatus status = SafetensorsWriter::create(target, specs, metadata, writer); !status.ok())
@@ -167,7 +168,9 @@ class AtomicFolder {
     if (item.shard != shard || item.from == Source::drop) continue;
     FileStatus status;
     if (item.from == Source::copy) {
-      status = mover.move(source.shards()[shard], source.find(item.source)->bytes, writer);
+      // What is left out lies in front.
+      const std::span<const std::byte> bytes = source.find(item.source)->bytes;
+      status = mover.move(source.shards()[shard], bytes.last(item.target.byte_size()), writer);
     } else {
       status = create_values(item, init_file, values);
       if (status.ok()) status = writer.write(values);
@@ -176,15 +179,6 @@ class AtomicFolder {
     if (!status.ok()) return status;
   }
   return writer.finish();
-}
-
-[[nodiscard]] inline FileStatus read_config(const std::filesystem::path& path, nlohmann::ordered_json& out) {
-  MappedFile file;
-  if (FileStatus status = MappedFile::open(path, file); !status.ok()) return status;
-  const std::string_view text(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
-  if (const std::string why = parse_json(text, out); !why.empty()) return file_error(path, why);
-  if (!out.is_object()) return file_error(path, "is not an object");
-  return {};
 }
 
 [[nodiscard]] inline std::string pretty(const nlohmann::ordered_json& json) { return json.dump(2) + "\n"; }
@@ -209,7 +203,7 @@ class AtomicFolder {
   }
   nlohmann::ordered_json config;
   if (FileStatus status = read_config(checkpoint.config(), config); !status.ok()) return status;
-  config["linattn"] = conversion_json<nlohmann::ordered_json>(plan.conversion);
+  config["linattn"] = conversion_json<nlohmann::ordered_json>(plan.conversion, plan.stated_heads());
   if (FileStatus status = write_file(transformer / "config.json", pretty(config)); !status.ok())
     return status;
 

@@ -2,12 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <charconv>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -20,17 +19,21 @@
 
 #include <linattn/version.hpp>
 #include <linattn/weights/conversion.hpp>
+#include <linattn/weights/dit.hpp>
+#include <linattn/weights/family.hpp>
 #include <linattn/weights/file_status.hpp>
+#include <linattn/weights/json.hpp>
 #include <linattn/weights/mapped_file.hpp>
 #include <linattn/weights/random.hpp>
 #include <linattn/weights/safetensors.hpp>
 #include <linattn/weights/sd35.hpp>
+#include <linattn/weights/vit.hpp>
 
 LINATTN_BEGIN
 
 // ---- what is converted ----
 
-// An opened model: a single file, or a folder of diffusers.
+// An opened model: a single file, or a folder.
 struct Checkpoint {
   Safetensors weights;
   std::filesystem::path root;         // what the caller named
@@ -42,8 +45,8 @@ struct Checkpoint {
   }
 };
 
-// Opens a single file, a diffusers pipeline (a folder with transformer/), or a diffusers transformer by itself
-// (a folder with config.json and weights).
+// Opens a single file, a diffusers pipeline (a folder with transformer/), or a model by itself (a folder with
+// config.json and weights).
 [[nodiscard]] inline FileStatus open_checkpoint(const std::filesystem::path& path, Checkpoint& out) {
   std::error_code error;
   Checkpoint made;
@@ -52,8 +55,7 @@ struct Checkpoint {
     made.transformer = made.root / "transformer";
     if (!std::filesystem::is_directory(made.transformer, error)) made.transformer = made.root;
     if (!std::filesystem::exists(made.config(), error))
-      return detail::file_error(path,
-                                "is no model folder of diffusers: there is no " + made.config().string());
+      return detail::file_error(path, "is no model folder: there is no " + made.config().string());
   } else if (path.filename().string().ends_with(".index.json")) {
     return detail::file_error(path, "is an index: name the folder of the model instead", {}, Code::option);
   }
@@ -70,36 +72,41 @@ enum class Initialisation : std::uint8_t { zero_conv, official, file };
 struct InheritOptions {
   std::string replace = "paper";  // see select_modules
   Initialisation init = Initialisation::zero_conv;
-  const Safetensors* init_file = nullptr;     // with Initialisation::file
-  std::optional<InnerModelKind> inner_model;  // default: SwiGlu, or what the init file has
+  const Safetensors* init_file = nullptr;                    // with Initialisation::file
+  std::optional<InnerModelKind> inner_model = std::nullopt;  // default: the family's, or what the file has
+  bool conv = true;                                          // false: no convolutions
   std::uint64_t seed = 0;
+  FamilyOptions family = {};
 };
 
 // Where a tensor of the target comes from.
 enum class Source : std::uint8_t { copy, create, drop };
-enum class Initialiser : std::uint8_t { none, normal, uniform, zero, file };
 
 struct PlanItem {
-  TensorSpec target;
+  TensorSpec target;  // of a dropped tensor, as it was
   Source from = Source::copy;
   std::string source;  // the tensor of the checkpoint, or of the init file
   Initialiser initialiser = Initialiser::none;
   std::uint32_t seed = 0;  // of normal and uniform
   std::size_t shard = 0;
+  Index left_out = 0;       // elements at the begin of the source that the target does not have
+  std::string reason = {};  // why it is dropped or re-laid out
 };
 
 // A tensor that is not as the family has it. Nothing is expected of a tensor that the family does not have.
 struct Mismatch {
   std::string tensor, expected, actual;
+  std::string note = {};  // what can be done about it
 };
 [[nodiscard]] inline std::string describe(const Mismatch& mismatch) {
   if (mismatch.expected.empty()) return "is no tensor of this family";
-  return "is " + mismatch.actual + ", but " + mismatch.expected + " is needed";
+  return "is " + mismatch.actual + ", but " + mismatch.expected + " is needed" +
+         (mismatch.note.empty() ? "" : " (" + mismatch.note + ")");
 }
 
 struct Plan {
-  Sd35Model model;
-  std::vector<Sd35Module> replaced;
+  ModelRules model;
+  std::vector<AttentionRule> replaced;
   Conversion conversion;
   std::vector<PlanItem> items;  // in the order in which they are written, dropped ones included
   std::vector<Mismatch> mismatches;
@@ -107,23 +114,22 @@ struct Plan {
   std::vector<std::filesystem::path> folders;   // of a model folder, relative to it
   std::vector<std::filesystem::path> files;     // copied as they are
   std::vector<std::filesystem::path> left_out;  // other weights of the same transformer
+
+  // The heads that the target must state, because its softmax attentions would not tell them.
+  [[nodiscard]] std::optional<Index> stated_heads() const {
+    return model.tells_heads ? std::nullopt : std::optional(model.heads);
+  }
 };
 
 [[nodiscard]] constexpr std::string_view name(Source source) {
   return source == Source::copy ? "copy" : source == Source::create ? "new" : "drop";
 }
-[[nodiscard]] constexpr std::string_view name(Initialiser initialiser) {
-  constexpr std::array<std::string_view, 5> names{"none", "normal(0, 0.02)", "uniform(-1/3, 1/3)", "zero",
-                                                  "file"};
-  return names[static_cast<std::size_t>(initialiser)];
-}
 
 namespace detail {
 
-// "0-12", "7", or nothing for all: adds the modules of one kind.
-[[nodiscard]] inline std::string select_blocks(const Sd35Model& model, bool dual, std::string_view range,
-                                               std::set<Sd35Module>& out) {
-  const char* const kind = dual ? "attn2" : "joint";
+// "0-12", "7", or nothing for all: adds the attentions of one kind, as positions in ModelRules::attentions.
+[[nodiscard]] inline std::string select_blocks(const ModelRules& model, const std::string& kind,
+                                               std::string_view range, std::set<std::size_t>& out) {
   Index first = 0, last = model.depth - 1;
   if (!range.empty()) {
     const char* const end = range.data() + range.size();
@@ -134,68 +140,69 @@ namespace detail {
     if (parsed.ec != std::errc() || parsed.ptr != end || first < 0 || last < first)
       return "'" + printable(range) + "' is no block or range of blocks, as 7 or 0-12";
     if (last >= model.depth)
-      return std::string(kind) + " block " + std::to_string(last) + " does not exist: the model has " +
+      return kind + " block " + std::to_string(last) + " does not exist: the model has " +
              std::to_string(model.depth) + " blocks";
   }
-  const std::size_t before = out.size();
-  for (Index block = first; block <= last; ++block) {
-    if (!dual || model.dual_blocks.contains(block))
-      out.insert({dual, block});
-    else if (!range.empty())
-      return "block " + std::to_string(block) + " has no attn2";
+  std::set<Index> found;
+  for (std::size_t i = 0; i < model.attentions.size(); ++i) {
+    const AttentionRule& attention = model.attentions[i];
+    if (attention.kind != kind || attention.block < first || attention.block > last) continue;
+    out.insert(i);
+    found.insert(attention.block);
   }
-  return out.size() == before && range.empty() && dual ? "the model has no attn2" : "";
+  if (range.empty()) return found.empty() ? "the model has no " + kind : "";
+  for (Index block = first; block <= last; ++block)
+    if (!found.contains(block)) return "block " + std::to_string(block) + " has no " + kind;
+  return {};
 }
 
 }  // namespace detail
 
 // Which attentions a choice means: a list, separated by commas, of
-//   paper         every attn2, and the joint attention of the last max(1, round(5/24 depth)) blocks
-//   all, attn2, joint
-//   attn2:0-12, joint:19-23, joint:7
+//   paper                     those that the paper replaces in a model of this family
+//   all
+//   attn (ViT, DiT), attn2, joint (SD3.5)
+//   attn:0-5, attn2:0-12, joint:19-23, joint:7
 // Returns what is wrong with it, or nothing.
-[[nodiscard]] inline std::string select_modules(const Sd35Model& model, std::string_view choice,
-                                                std::vector<Sd35Module>& out) {
-  std::set<Sd35Module> chosen;
+[[nodiscard]] inline std::string select_modules(const ModelRules& model, std::string_view choice,
+                                                std::vector<AttentionRule>& out) {
+  std::set<std::size_t> chosen;
   for (bool more = true; more;) {
     const std::size_t comma = choice.find(',');
     const std::string_view part = choice.substr(0, comma);
     more = comma != std::string_view::npos;
     if (more) choice.remove_prefix(comma + 1);
 
-    std::string why;
     if (part == "paper" || part == "all") {
-      const Index joint =
-          part == "all" ? model.depth
-                        : std::max<Index>(1, std::lround(5.0 / 24.0 * static_cast<double>(model.depth)));
-      for (const Index block : model.dual_blocks) chosen.insert({true, block});
-      for (Index block = model.depth - joint; block < model.depth; ++block) chosen.insert({false, block});
-    } else if (part == "attn2" || part == "joint") {
-      why = detail::select_blocks(model, part == "attn2", {}, chosen);
-    } else if ((part.starts_with("attn2:") || part.starts_with("joint:")) && part.size() > 6) {
-      why = detail::select_blocks(model, part.starts_with("attn2:"), part.substr(6), chosen);
-    } else {
-      why = "'" + detail::printable(part) + "' is none of paper, all, attn2, joint, attn2:A-B, joint:A-B";
+      for (std::size_t i = 0; i < model.attentions.size(); ++i)
+        if (part == "all" || model.attentions[i].paper) chosen.insert(i);
+      continue;
     }
-    if (!why.empty()) return why;
+    const std::size_t colon = part.find(':');
+    const std::string_view range = colon == std::string_view::npos ? "" : part.substr(colon + 1);
+    const auto kind = std::find(model.kinds.begin(), model.kinds.end(), part.substr(0, colon));
+    if (kind == model.kinds.end() || (colon != std::string_view::npos && range.empty())) {
+      std::string why = "'" + detail::printable(part) + "' is none of paper, all";
+      for (const std::string& known : model.kinds) why += ", " + known + ", " + known + ":A-B";
+      return why;
+    }
+    if (std::string why = detail::select_blocks(model, *kind, range, chosen); !why.empty()) return why;
   }
-  out.assign(chosen.begin(), chosen.end());
+  out.clear();
+  for (const std::size_t i : chosen) out.push_back(model.attentions[i]);
   return {};
 }
 
 // "joint 19-23, attn2 0-12"
-[[nodiscard]] inline std::string describe(const std::vector<Sd35Module>& modules) {
+[[nodiscard]] inline std::string describe(const std::vector<AttentionRule>& modules) {
   std::string text;
   for (std::size_t i = 0; i < modules.size();) {
     std::size_t end = i + 1;
-    while (end < modules.size() && modules[end].dual == modules[i].dual &&
+    while (end < modules.size() && modules[end].kind == modules[i].kind &&
            modules[end].block == modules[end - 1].block + 1)
       ++end;
-    const bool same_kind = i > 0 && modules[i - 1].dual == modules[i].dual;
-    text += std::string(i > 0 ? ", " : "") +
-            (same_kind         ? ""
-             : modules[i].dual ? "attn2 "
-                               : "joint ") +
+    const bool same_kind = i > 0 && modules[i - 1].kind == modules[i].kind;
+    text += std::string(i > 0 ? ", " : "") + (same_kind ? "" : modules[i].kind + " ") +
             std::to_string(modules[i].block);
     if (end - i > 1) text += "-" + std::to_string(modules[end - 1].block);
     i = end;
@@ -205,48 +212,100 @@ namespace detail {
 
 namespace detail {
 
-// Parts of a single file that are no transformer.
-[[nodiscard]] inline bool beside_transformer(const Sd35Model& model, std::string_view tensor) {
-  if (model.layout == Sd35Layout::diffusers) return false;
-  if (!model.prefix.empty()) return !tensor.starts_with(model.prefix);
-  for (const std::string_view prefix :
-       {"first_stage_model.", "vae.", "text_encoders.", "conditioner.", "denoiser."})
-    if (tensor.starts_with(prefix)) return true;
-  return false;
+[[nodiscard]] inline FileStatus read_config(const std::filesystem::path& path, nlohmann::ordered_json& out) {
+  MappedFile file;
+  if (FileStatus status = MappedFile::open(path, file); !status.ok()) return status;
+  const std::string_view text(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
+  if (const std::string why = parse_json(text, out); !why.empty()) return file_error(path, why);
+  if (!out.is_object()) return file_error(path, "is not an object");
+  return {};
 }
 
-// Left from training, of no use to a converted model: the moving average of the softmax transformer, the
-// discriminator of the VAE.
-[[nodiscard]] inline bool training_remains(std::string_view tensor) {
-  return tensor.starts_with("model_ema.") || tensor.starts_with("loss.");
+// The heads that a config.json tells, under the name of DiT's code and timm's, or that of transformers.
+[[nodiscard]] inline FileStatus config_heads(const Checkpoint& checkpoint, std::optional<Index>& out) {
+  if (!checkpoint.folder()) return {};
+  nlohmann::ordered_json config;
+  if (FileStatus status = read_config(checkpoint.config(), config); !status.ok()) return status;
+  for (const char* key : {"num_heads", "num_attention_heads"})
+    if (const auto found = config.find(key); found != config.end()) {
+      if (!found->is_number_integer())
+        return file_error(checkpoint.config(), std::string(key) + " is no whole number");
+      out = found->get<Index>();
+      return {};
+    }
+  return {};
+}
+
+// The family of a checkpoint, and its rules.
+[[nodiscard]] inline FileStatus find_rules(const Checkpoint& checkpoint, const FamilyOptions& options,
+                                           ModelRules& out) {
+  const Safetensors& file = checkpoint.weights;
+  FileStatus status;
+  Sd35Model sd35;
+  if (holds_sd35(file, sd35)) {
+    status = recognise_sd35(file, sd35);
+    if (status.ok()) out = sd35_rules(sd35);
+  } else if (holds_vit(file) || holds_dit(file)) {
+    std::optional<Index> heads;
+    status = config_heads(checkpoint, heads);
+    if (status.ok()) status = (holds_vit(file) ? vit_rules : dit_rules)(file, options, heads, out);
+  } else {
+    return file_error(
+        file.path(),
+        "is no checkpoint of a known family: SD3.5 has joint_blocks, or the transformer_blocks "
+        "and pos_embed of diffusers; ViT has blocks and patch_embed; DiT blocks and x_embedder");
+  }
+  if (!status.ok()) return status;
+  for (const std::string_view option : asked_for(options))
+    if (std::find(out.options.begin(), out.options.end(), option) == out.options.end())
+      return file_error(checkpoint.root, std::string(option) + " is no option for " + out.label, {},
+                        Code::option);
+  return {};
 }
 
 // Every tensor of the source against the rules of the family.
 inline void plan_inherited(const Safetensors& file, Plan& plan) {
-  std::map<std::string, TensorSpec, std::less<>> expected;
-  for (TensorSpec& spec : sd35_tensors(plan.model)) expected.emplace(spec.name, spec);
+  const ModelRules& model = plan.model;
+  std::map<std::string_view, const TensorRule*> expected;
+  for (const TensorRule& rule : model.inherited) expected.emplace(rule.source, &rule);
+  const auto beside = [&](std::string_view tensor) {
+    if (!model.own.empty() && tensor.starts_with(model.own)) return false;
+    return std::any_of(model.beside.begin(), model.beside.end(),
+                       [&](const std::string& prefix) { return tensor.starts_with(prefix); });
+  };
   for (const TensorInfo& info : file.tensors()) {
     PlanItem item{.target = info, .source = info.name, .shard = info.shard};
-    const auto rule = expected.find(info.name);
-    if (rule != expected.end()) {
-      if (rule->second.shape != info.shape)
-        plan.mismatches.push_back({info.name, describe(info.dtype, rule->second.shape), describe(info)});
-      expected.erase(rule);
-    } else if (training_remains(info.name)) {
+    const auto found = expected.find(info.name);
+    const auto drop = std::find_if(model.dropped.begin(), model.dropped.end(),
+                                   [&](const DropRule& rule) { return rule.matches(info.name); });
+    if (found != expected.end()) {
+      const TensorRule& rule = *found->second;
+      const std::vector<Index>& given = rule.given.empty() ? rule.target.shape : rule.given;
+      item.target.name = rule.target.name;
+      if (given != info.shape) {
+        plan.mismatches.push_back(
+            {info.name, describe(info.dtype, given), describe(info), rule.given.empty() ? rule.note : ""});
+      } else if (!rule.given.empty()) {
+        item.target.shape = rule.target.shape;
+        item.left_out = info.elements() - item.target.elements();
+        item.reason = rule.note;
+      }
+      expected.erase(found);
+    } else if (drop != model.dropped.end()) {
       item.from = Source::drop;
-    } else if (!beside_transformer(plan.model, info.name)) {
+      item.reason = drop->reason;
+    } else if (!beside(info.name)) {
       plan.mismatches.push_back({info.name, "", describe(info)});
     }
     plan.items.push_back(std::move(item));
   }
-  for (const auto& [tensor, spec] : expected)
-    plan.mismatches.push_back({tensor, describe(spec).substr(describe(spec).find('[')), "missing"});
+  for (const auto& [tensor, rule] : expected)
+    plan.mismatches.push_back(
+        {std::string(tensor), describe(rule->target).substr(describe(rule->target).find('[')), "missing"});
 }
 
-// The init file by module: which tensors it has for each, and what it says of them.
-struct InitModules {
-  std::map<Sd35Module, std::pair<std::string, ModuleConversion>> modules;  // stem in the file
-};
+// The init file by the stem of the target: the stem that it uses itself, and what it says of the module.
+using InitModules = std::map<std::string, std::pair<std::string, ModuleConversion>, std::less<>>;
 
 [[nodiscard]] inline FileStatus read_init(const Safetensors& file, Plan& plan, InitModules& out) {
   Conversion conversion;
@@ -254,66 +313,141 @@ struct InitModules {
   const auto unused = [&](std::string_view tensor) {
     return file_error(file.path(), "belongs to no attention of the model", tensor, Code::option);
   };
+  const auto created = [&](std::string_view tensor) {
+    return std::any_of(plan.model.created.begin(), plan.model.created.end(),
+                       [&](const NewTensorRule& rule) { return rule.target.name == tensor; });
+  };
   for (const TensorInfo& info : file.tensors())
-    if (!module_stem(info.name)) return unused(info.name);
-  const auto all = plan.model.modules();
+    if (!module_stem(info.name) && !created(info.name)) return unused(info.name);
+  std::map<std::string_view, const AttentionRule*> known;
+  for (const AttentionRule& attention : plan.model.attentions)
+    for (const std::string& alias : attention.aliases) known.emplace(alias, &attention);
   for (const auto& [stem, module] : conversion) {
-    const auto which = sd35_module(stem);
-    if (!which || std::find(all.begin(), all.end(), *which) == all.end()) return unused(stem + ".w1");
-    if (!out.modules.emplace(*which, std::pair(stem, module)).second)
-      return file_error(file.path(), "the module is there twice, in two layouts", stem + ".w1", Code::option);
-    if (std::find(plan.replaced.begin(), plan.replaced.end(), *which) != plan.replaced.end()) continue;
+    const auto attention = known.find(stem);
+    if (attention == known.end()) return unused(stem + ".w1");
+    if (!out.emplace(attention->second->stem, std::pair(stem, module)).second)
+      return file_error(file.path(), "the module is there twice, under two names", stem + ".w1",
+                        Code::option);
+    if (std::any_of(plan.replaced.begin(), plan.replaced.end(),
+                    [&](const AttentionRule& which) { return which.stem == attention->second->stem; }))
+      continue;
     for (const TensorSpec& spec : module_tensors(stem, module, 1, 1, Dtype::f32))
       plan.not_needed.push_back(spec.name);
   }
   return {};
 }
 
+// What a replaced attention becomes: what the options ask for, or what the init file has.
+[[nodiscard]] inline FileStatus choose_module(const Checkpoint& checkpoint, const InheritOptions& options,
+                                              const ModelRules& model, ModuleConversion& out) {
+  out = model.module;
+  out.inner_model = options.inner_model.value_or(out.inner_model);
+  out.conv = options.conv && out.conv;
+  if (model.module.neighborhood > 0 && out != model.module)
+    return file_error(checkpoint.root,
+                      model.label + " becomes DiT5, whose module has an mlp and convolutions, no other form",
+                      {}, Code::option);
+  return {};
+}
+[[nodiscard]] inline FileStatus choose_module(const Safetensors& init_file, const InheritOptions& options,
+                                              const ModelRules& model, const std::string& stem,
+                                              const ModuleConversion& module) {
+  const auto refuse = [&](const std::string& why) {
+    return file_error(init_file.path(), why, stem + ".w1", Code::option);
+  };
+  if (options.inner_model && *options.inner_model != module.inner_model)
+    return refuse("has inner model " + std::string(name(module.inner_model)) + ", but " +
+                  std::string(name(*options.inner_model)) + " is asked for");
+  if (!options.conv && module.conv) return refuse("has convolutions, but none are asked for");
+  if ((module.neighborhood > 0) != (model.module.neighborhood > 0))
+    return refuse(std::string(module.neighborhood > 0 ? "is" : "is not") +
+                  " beside neighborhood attention, which does not fit " + model.label);
+  return {};
+}
+
+// The tensor that a new one shall be like in dtype and shard, or null if it is missing, which is a mismatch.
+[[nodiscard]] inline FileStatus find_like(const Safetensors& file, const std::string& tensor,
+                                          const TensorInfo*& out) {
+  out = file.find(tensor);
+  if (out == nullptr || out->dtype == Dtype::f64 || out->dtype == Dtype::f32 || out->dtype == Dtype::f16 ||
+      out->dtype == Dtype::bf16)
+    return {};
+  return file_error(file.path(),
+                    "is " + describe(*out) + ": new weights can be F64, F32, F16 or BF16, as it is", tensor,
+                    Code::option);
+}
+
+// A new tensor from the init file, whose name for it is `source`.
+inline void take_from_file(const Safetensors& init_file, std::string source, PlanItem& item, Plan& plan) {
+  item.initialiser = Initialiser::file;
+  item.source = std::move(source);
+  const TensorInfo& given = *init_file.find(item.source);
+  if (given.shape != item.target.shape)
+    plan.mismatches.push_back({item.source, describe(item.target), describe(given)});
+}
+
+// The initial values of a new tensor of a module, by the end of its name.
+[[nodiscard]] inline Initialiser module_initialiser(std::string_view suffix, Initialisation init) {
+  if (suffix == ".qk_scale_ttt") return Initialiser::one;
+  if (suffix == ".qk_offset_ttt") return Initialiser::zero;
+  if (suffix.find("conv") == std::string_view::npos) return Initialiser::normal;
+  return init == Initialisation::official ? Initialiser::uniform : Initialiser::zero;
+}
+
+inline void initialise(Initialiser initialiser, std::uint64_t seed, std::string_view name, PlanItem& item) {
+  item.initialiser = initialiser;
+  if (initialiser == Initialiser::normal || initialiser == Initialiser::uniform)
+    item.seed = named_seed(seed, name);
+}
+
 // The new tensors of one replaced module.
-[[nodiscard]] inline FileStatus plan_module(const Safetensors& file, const InheritOptions& options,
-                                            const InitModules& init, Sd35Module which, Plan& plan) {
-  const std::string stem = sd35_stem(plan.model, which);
-  const TensorInfo* qkv =
-      file.find(stem + (plan.model.layout == Sd35Layout::official ? ".qkv.weight" : ".to_q.weight"));
-  if (qkv == nullptr) return {};  // already a mismatch
-  if (qkv->dtype != Dtype::f64 && qkv->dtype != Dtype::f32 && qkv->dtype != Dtype::f16 &&
-      qkv->dtype != Dtype::bf16)
-    return file_error(file.path(),
-                      "is " + describe(*qkv) + ": new weights can be F64, F32, F16 or BF16, as it is",
-                      qkv->name, Code::option);
-  ModuleConversion module{.inner_model = options.inner_model.value_or(InnerModelKind::swiglu)};
+[[nodiscard]] inline FileStatus plan_module(const Checkpoint& checkpoint, const InheritOptions& options,
+                                            const InitModules& init, const AttentionRule& which, Plan& plan) {
+  const TensorInfo* like = nullptr;
+  if (FileStatus status = find_like(checkpoint.weights, which.like, like); !status.ok() || like == nullptr)
+    return status;
+  ModuleConversion module;
   std::string init_stem;
   if (options.init == Initialisation::file) {
-    const auto found = init.modules.find(which);
-    if (found == init.modules.end())
-      return file_error(options.init_file->path(), "is missing", stem + ".w1", Code::option);
+    const auto found = init.find(which.stem);
+    if (found == init.end())
+      return file_error(options.init_file->path(), "is missing", which.stem + ".w1", Code::option);
     std::tie(init_stem, module) = found->second;
-    if (options.inner_model && *options.inner_model != module.inner_model)
-      return file_error(options.init_file->path(),
-                        "has inner model " + std::string(name(module.inner_model)) + ", but " +
-                            std::string(name(*options.inner_model)) + " is asked for",
-                        init_stem + ".w1", Code::option);
+    if (FileStatus status = choose_module(*options.init_file, options, plan.model, init_stem, module);
+        !status.ok())
+      return status;
+  } else if (FileStatus status = choose_module(checkpoint, options, plan.model, module); !status.ok()) {
+    return status;
   }
-  plan.conversion.emplace(stem, module);
-  const std::string canonical = sd35_stem(Sd35Layout::official, which);
-  for (TensorSpec& spec : module_tensors(stem, module, plan.model.heads, plan.model.head_dim, qkv->dtype)) {
-    const std::string suffix = spec.name.substr(stem.size());
-    PlanItem item{.target = std::move(spec), .from = Source::create, .source = {}, .shard = qkv->shard};
-    if (options.init == Initialisation::file) {
-      item.initialiser = Initialiser::file;
-      item.source = init_stem + suffix;
-      const TensorInfo* given = options.init_file->find(item.source);  // there, as read_conversion checked
-      if (given->shape != item.target.shape)
-        plan.mismatches.push_back({item.source, describe(item.target), describe(*given)});
-    } else {
-      const bool conv = suffix.find("conv") != std::string::npos;
-      item.initialiser = !conv                                      ? Initialiser::normal
-                         : options.init == Initialisation::official ? Initialiser::uniform
-                                                                    : Initialiser::zero;
-      if (item.initialiser != Initialiser::zero) item.seed = named_seed(options.seed, canonical + suffix);
-    }
+  plan.conversion.emplace(which.stem, module);
+  for (TensorSpec& spec :
+       module_tensors(which.stem, module, plan.model.heads, plan.model.head_dim, like->dtype)) {
+    const std::string suffix = spec.name.substr(which.stem.size());
+    PlanItem item{.target = std::move(spec), .from = Source::create, .source = {}, .shard = like->shard};
+    if (options.init == Initialisation::file)
+      take_from_file(*options.init_file, init_stem + suffix, item, plan);
+    else
+      initialise(module_initialiser(suffix, options.init), options.seed, which.aliases[0] + suffix, item);
     plan.items.push_back(std::move(item));
   }
+  return {};
+}
+
+// A new tensor of no module.
+[[nodiscard]] inline FileStatus plan_created(const Checkpoint& checkpoint, const InheritOptions& options,
+                                             const NewTensorRule& rule, Plan& plan) {
+  const TensorInfo* like = nullptr;
+  if (FileStatus status = find_like(checkpoint.weights, rule.like, like); !status.ok() || like == nullptr)
+    return status;
+  PlanItem item{.target = rule.target, .from = Source::create, .source = {}, .shard = like->shard};
+  item.target.dtype = like->dtype;
+  if (options.init != Initialisation::file)
+    initialise(rule.initialiser, options.seed, rule.target.name, item);
+  else if (options.init_file->find(rule.target.name) == nullptr)
+    return file_error(options.init_file->path(), "is missing", rule.target.name, Code::option);
+  else
+    take_from_file(*options.init_file, rule.target.name, item, plan);
+  plan.items.push_back(std::move(item));
   return {};
 }
 
@@ -366,7 +500,8 @@ struct InitModules {
                                           Plan& out) {
   out = {};
   const Safetensors& file = checkpoint.weights;
-  if (FileStatus status = recognise_sd35(file, out.model); !status.ok()) return status;
+  if (FileStatus status = detail::find_rules(checkpoint, options.family, out.model); !status.ok())
+    return status;
   Conversion already;
   if (FileStatus status = read_conversion(file, already, checkpoint.config()); !status.ok()) return status;
   if (!already.empty())
@@ -381,8 +516,11 @@ struct InitModules {
   detail::InitModules init;
   if (options.init == Initialisation::file)
     if (FileStatus status = detail::read_init(*options.init_file, out, init); !status.ok()) return status;
-  for (const Sd35Module which : out.replaced)
-    if (FileStatus status = detail::plan_module(file, options, init, which, out); !status.ok()) return status;
+  for (const AttentionRule& which : out.replaced)
+    if (FileStatus status = detail::plan_module(checkpoint, options, init, which, out); !status.ok())
+      return status;
+  for (const NewTensorRule& rule : out.model.created)
+    if (FileStatus status = detail::plan_created(checkpoint, options, rule, out); !status.ok()) return status;
   if (checkpoint.folder())
     if (FileStatus status = detail::plan_folder(checkpoint, out); !status.ok()) return status;
 

@@ -2,11 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <charconv>
+#include <cmath>
 #include <compare>
-#include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -14,7 +12,9 @@
 #include <vector>
 
 #include <linattn/version.hpp>
+#include <linattn/weights/family.hpp>
 #include <linattn/weights/file_status.hpp>
+#include <linattn/weights/recognise.hpp>
 #include <linattn/weights/safetensors.hpp>
 
 LINATTN_BEGIN
@@ -73,26 +73,6 @@ struct Sd35Model {
   const std::string block = std::to_string(module.block), attention = module.dual ? "attn2" : "attn";
   return layout == Sd35Layout::official ? "joint_blocks." + block + ".x_block." + attention
                                         : "transformer_blocks." + block + "." + attention;
-}
-[[nodiscard]] inline std::string sd35_stem(const Sd35Model& model, Sd35Module module) {
-  return model.prefix + sd35_stem(model.layout, module);
-}
-
-// The module of a stem in either layout, with or without prefix.
-[[nodiscard]] inline std::optional<Sd35Module> sd35_module(std::string_view stem) {
-  for (const std::string_view prefix : {"model.diffusion_model.", "transformer."})
-    if (stem.starts_with(prefix)) stem.remove_prefix(prefix.size());
-  for (const std::string_view blocks : {"joint_blocks.", "transformer_blocks."}) {
-    if (!stem.starts_with(blocks)) continue;
-    Sd35Module module;
-    const std::string_view rest = stem.substr(blocks.size());
-    const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), module.block);
-    if (error != std::errc() || module.block < 0) return std::nullopt;
-    module.dual = stem.ends_with("2");
-    for (const Sd35Layout layout : {Sd35Layout::official, Sd35Layout::diffusers})
-      if (sd35_stem(layout, module) == stem) return module;
-  }
-  return std::nullopt;
 }
 
 // "SD3.5 Medium" for the sizes that have a name. Large and Large Turbo have the same shapes.
@@ -169,75 +149,56 @@ struct Sd35Model {
   return specs;
 }
 
-// Recognises the family by the tensors that span it, and takes its sizes from their shapes. Whether every
-// other tensor fits is for the caller to compare with sd35_tensors().
+// Whether a file holds a model of the family, and in which layout below which prefix.
+[[nodiscard]] inline bool holds_sd35(const Safetensors& file, Sd35Model& out) {
+  for (const char* prefix : {"model.diffusion_model.", ""})
+    if (file.find(std::string(prefix) + "joint_blocks.0.x_block.attn.qkv.weight") != nullptr) {
+      out.layout = Sd35Layout::official;
+      out.prefix = prefix;
+      return true;
+    }
+  out.layout = Sd35Layout::diffusers;
+  out.prefix.clear();
+  return file.find("transformer_blocks.0.attn.add_q_proj.weight") != nullptr &&
+         file.find("pos_embed.pos_embed") != nullptr;
+}
+
+// Takes the sizes of a model that holds_sd35() from the shapes of its tensors. Whether every other tensor fits
+// is for the caller to compare with sd35_tensors().
 [[nodiscard]] inline FileStatus recognise_sd35(const Safetensors& file, Sd35Model& out) {
   Sd35Model model;
-  bool known = false;
-  for (const char* prefix : {"model.diffusion_model.", ""})
-    if (!known && file.find(std::string(prefix) + "joint_blocks.0.x_block.attn.qkv.weight") != nullptr) {
-      model.prefix = prefix;
-      known = true;
-    }
-  if (!known && file.find("transformer_blocks.0.attn.add_q_proj.weight") != nullptr &&
-      file.find("pos_embed.pos_embed") != nullptr) {
-    model.layout = Sd35Layout::diffusers;
-    known = true;
-  }
-  if (!known)
+  if (!holds_sd35(file, model))
     return detail::file_error(file.path(),
                               "is no checkpoint of the Stable Diffusion 3.5 family: it has neither "
                               "joint_blocks nor the transformer_blocks and pos_embed of diffusers");
   const bool official = model.layout == Sd35Layout::official;
-
-  // Block numbers come from the file: only as many as there are tensors can be true.
   const std::string blocks = model.prefix + (official ? "joint_blocks." : "transformer_blocks.");
-  for (const TensorInfo& info : file.tensors()) {
-    if (!info.name.starts_with(blocks)) continue;
-    const char *begin = info.name.data() + blocks.size(), *end = info.name.data() + info.name.size();
-    Index block = 0;
-    if (std::from_chars(begin, end, block).ec != std::errc() || block < 0 ||
-        block >= static_cast<Index>(file.tensors().size()))
-      return detail::file_error(file.path(), "has no block number", info.name);
+  FileStatus status = detail::visit_blocks(file, blocks, [&](const std::string& tensor, Index block) {
     model.depth = std::max(model.depth, block + 1);
-    if (info.name.starts_with(sd35_stem(model, {true, block}) + ".")) model.dual_blocks.insert(block);
-  }
+    if (tensor.starts_with(model.prefix + sd35_stem(model.layout, {true, block}) + "."))
+      model.dual_blocks.insert(block);
+  });
+  if (!status.ok()) return status;
 
-  FileStatus status;
-  const auto extent = [&](const std::string& tensor, std::size_t rank, std::size_t axis) -> Index {
-    const TensorInfo* info = file.find(model.prefix + tensor);
-    if (!status.ok()) return 1;
-    if (info == nullptr)
-      status = detail::file_error(file.path(), "is missing", model.prefix + tensor);
-    else if (info->shape.size() != rank)
-      status = detail::file_error(
-          file.path(), "is " + describe(*info) + ", but " + std::to_string(rank) + " axes are needed",
-          info->name, Code::shape);
-    else if (info->shape[axis] < 1 || info->shape[axis] > 1 << 28)
-      status = detail::file_error(file.path(), "is " + describe(*info) + ", which is no size of this family",
-                                  info->name, Code::shape);
-    else
-      return info->shape[axis];
-    return 1;
-  };
+  detail::ShapeReader shapes(file, model.prefix);
   const auto choose = [&](const char* a, const char* b) { return std::string(official ? a : b); };
   const std::string patches = choose("x_embedder.proj.weight", "pos_embed.proj.weight");
-  model.width = extent(patches, 4, 0);
-  model.channels = extent(patches, 4, 1);
-  model.patch = extent(patches, 4, 2);
-  model.positions = extent(choose("pos_embed", "pos_embed.pos_embed"), 3, 1);
-  model.frequencies =
-      extent(choose("t_embedder.mlp.0.weight", "time_text_embed.timestep_embedder.linear_1.weight"), 2, 1);
+  model.width = shapes.extent(patches, 4, 0);
+  model.channels = shapes.extent(patches, 4, 1);
+  model.patch = shapes.extent(patches, 4, 2);
+  model.positions = shapes.extent(choose("pos_embed", "pos_embed.pos_embed"), 3, 1);
+  model.frequencies = shapes.extent(
+      choose("t_embedder.mlp.0.weight", "time_text_embed.timestep_embedder.linear_1.weight"), 2, 1);
   model.pooled =
-      extent(choose("y_embedder.mlp.0.weight", "time_text_embed.text_embedder.linear_1.weight"), 2, 1);
-  model.context = extent("context_embedder.weight", 2, 1);
-  model.outputs = extent(choose("final_layer.linear.weight", "proj_out.weight"), 2, 0);
-  model.hidden = extent(
+      shapes.extent(choose("y_embedder.mlp.0.weight", "time_text_embed.text_embedder.linear_1.weight"), 2, 1);
+  model.context = shapes.extent("context_embedder.weight", 2, 1);
+  model.outputs = shapes.extent(choose("final_layer.linear.weight", "proj_out.weight"), 2, 0);
+  model.hidden = shapes.extent(
       choose("joint_blocks.0.x_block.mlp.fc1.weight", "transformer_blocks.0.ff.net.0.proj.weight"), 2, 0);
   const std::string norm = sd35_stem(model.layout, {false, 0}) + choose(".ln_q.weight", ".norm_q.weight");
-  model.qk_norm = file.find(model.prefix + norm) != nullptr;
-  model.head_dim = model.qk_norm ? extent(norm, 1, 0) : 64;
-  if (!status.ok()) return status;
+  model.qk_norm = shapes.has(norm);
+  model.head_dim = model.qk_norm ? shapes.extent(norm, 1, 0) : 64;
+  if (!shapes.status().ok()) return shapes.status();
   if (model.width % model.head_dim != 0)
     return detail::file_error(file.path(),
                               "a width of " + std::to_string(model.width) + " is no multiple of the " +
@@ -246,6 +207,42 @@ struct Sd35Model {
   model.heads = model.width / model.head_dim;
   out = std::move(model);
   return {};
+}
+
+// The rules of inheritance. The paper replaces every attn2, and the joint attention of the last
+// max(1, round(5/24 depth)) blocks: 5 in Medium, 8 in Large.
+[[nodiscard]] inline ModelRules sd35_rules(const Sd35Model& model) {
+  const bool official = model.layout == Sd35Layout::official;
+  ModelRules rules{.label = sd35_label(model),
+                   .layout = official ? "official" : "diffusers",
+                   .depth = model.depth,
+                   .heads = model.heads,
+                   .head_dim = model.head_dim,
+                   .kinds = {"joint", "attn2"},
+                   .own = model.prefix};
+  const Index joint = std::max<Index>(1, std::lround(5.0 / 24.0 * static_cast<double>(model.depth)));
+  for (const Sd35Module module : model.modules()) {
+    const std::string stem = model.prefix + sd35_stem(model.layout, module),
+                      canonical = sd35_stem(Sd35Layout::official, module),
+                      other = sd35_stem(Sd35Layout::diffusers, module);
+    rules.attentions.push_back(
+        {.kind = module.dual ? "attn2" : "joint",
+         .block = module.block,
+         .paper = module.dual || module.block >= model.depth - joint,
+         .stem = stem,
+         .like = stem + (official ? ".qkv.weight" : ".to_q.weight"),
+         .aliases = {canonical, "model.diffusion_model." + canonical, other, "transformer." + other}});
+  }
+  for (TensorSpec& spec : sd35_tensors(model))
+    rules.inherited.push_back(detail::inherit_as_is(std::move(spec)));
+  // The moving average of the softmax transformer, the discriminator of the VAE.
+  for (const char* remains : {"model_ema.", "loss."})
+    rules.dropped.push_back({remains, "left from training"});
+  if (official && !model.prefix.empty())
+    rules.beside = {""};
+  else if (official)
+    rules.beside = {"first_stage_model.", "vae.", "text_encoders.", "conditioner.", "denoiser."};
+  return rules;
 }
 
 LINATTN_END

@@ -1,0 +1,228 @@
+// What the families share in recognising a checkpoint: sizes from shapes, block numbers, sets of weights, heads.
+#pragma once
+
+#include <array>
+#include <charconv>
+#include <cstddef>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <linattn/version.hpp>
+#include <linattn/weights/family.hpp>
+#include <linattn/weights/file_status.hpp>
+#include <linattn/weights/safetensors.hpp>
+
+LINATTN_BEGIN
+
+namespace detail {
+
+// Takes sizes from the shapes of tensors. After the first error, which it keeps, every size is 1.
+class ShapeReader {
+ public:
+  ShapeReader(const Safetensors& file, std::string prefix) : file_(file), prefix_(std::move(prefix)) {}
+
+  [[nodiscard]] bool has(const std::string& tensor) const { return file_.find(prefix_ + tensor) != nullptr; }
+  [[nodiscard]] Index extent(const std::string& tensor, std::size_t rank, std::size_t axis) {
+    const TensorInfo* info = file_.find(prefix_ + tensor);
+    if (!status_.ok()) return 1;
+    if (info == nullptr)
+      status_ = file_error(file_.path(), "is missing", prefix_ + tensor);
+    else if (info->shape.size() != rank)
+      status_ = file_error(file_.path(),
+                           "is " + describe(*info) + ", but " + std::to_string(rank) + " axes are needed",
+                           info->name, Code::shape);
+    else if (info->shape[axis] < 1 || info->shape[axis] > 1 << 28)
+      status_ = file_error(file_.path(), "is " + describe(*info) + ", which is no size of this family",
+                           info->name, Code::shape);
+    else
+      return info->shape[axis];
+    return 1;
+  }
+  [[nodiscard]] const FileStatus& status() const { return status_; }
+
+ private:
+  const Safetensors& file_;
+  std::string prefix_;
+  FileStatus status_;
+};
+
+// Calls visit(name, number) for each tensor below `blocks` ("blocks."). The numbers come from the file: only as
+// many as there are tensors can be true.
+template <class Visitor>
+[[nodiscard]] FileStatus visit_blocks(const Safetensors& file, std::string_view blocks, Visitor&& visit) {
+  for (const TensorInfo& info : file.tensors()) {
+    if (!info.name.starts_with(blocks)) continue;
+    const char *begin = info.name.data() + blocks.size(), *end = info.name.data() + info.name.size();
+    Index block = 0;
+    if (std::from_chars(begin, end, block).ec != std::errc() || block < 0 ||
+        block >= static_cast<Index>(file.tensors().size()))
+      return file_error(file.path(), "has no block number", info.name);
+    visit(info.name, block);
+  }
+  return {};
+}
+
+// A tensor that the target has as the source does.
+[[nodiscard]] inline TensorRule inherit_as_is(TensorSpec spec) {
+  std::string source = spec.name;
+  return {.target = std::move(spec), .source = std::move(source)};
+}
+
+// The attentions of ViT and DiT: one a block, all of which the paper replaces.
+inline void add_block_attentions(ModelRules& rules) {
+  rules.kinds = {"attn"};
+  for (Index i = 0; i < rules.depth; ++i) {
+    const std::string stem = "blocks." + std::to_string(i) + ".attn";
+    rules.attentions.push_back({.kind = "attn",
+                                .block = i,
+                                .stem = stem,
+                                .like = stem + ".qkv.weight",
+                                .aliases = {stem, "module." + stem, "model." + stem}});
+  }
+}
+
+// A published size of a family. The shapes of a checkpoint do not tell its heads.
+struct KnownSize {
+  std::string_view name;
+  Index width, depth, heads;
+};
+
+template <class Sizes>
+[[nodiscard]] const KnownSize* known_size(const Sizes& sizes, Index width, Index depth, Index hidden) {
+  for (const KnownSize& size : sizes)
+    if (size.width == width && size.depth == depth && hidden == 4 * width) return &size;
+  return nullptr;
+}
+
+// The prefix below which the weights of a training checkpoint lie, and what of the other set there is.
+struct WeightPrefixes {
+  std::string chosen;
+  std::optional<std::string> other;
+  WeightSet set = WeightSet::raw;
+};
+
+// Whether a prefix is one that training code gives to a model's tensors, and to which set.
+[[nodiscard]] inline std::optional<WeightSet> weight_set(std::string_view prefix) {
+  WeightSet set = WeightSet::raw;
+  while (!prefix.empty()) {
+    const std::size_t dot = prefix.find('.');
+    if (dot == std::string_view::npos) return std::nullopt;
+    const std::string_view part = prefix.substr(0, dot);
+    prefix.remove_prefix(dot + 1);
+    if (part == "ema" || part == "model_ema")
+      set = WeightSet::ema;
+    else if (part != "module" && part != "model" && part != "state_dict" && part != "model_state_dict")
+      return std::nullopt;
+  }
+  return set;
+}
+
+// The prefixes below which a tensor lies that every model of a family has once.
+[[nodiscard]] inline std::vector<std::string> weight_prefixes(const Safetensors& file,
+                                                              std::string_view anchor, WeightSet set) {
+  std::vector<std::string> prefixes;
+  for (const TensorInfo& info : file.tensors())
+    if (info.name.ends_with(anchor))
+      if (std::string prefix = info.name.substr(0, info.name.size() - anchor.size());
+          weight_set(prefix) == set)
+        prefixes.push_back(std::move(prefix));
+  return prefixes;
+}
+
+// Whether a file holds a model with this tensor and with blocks of softmax attention, in either set.
+[[nodiscard]] inline bool holds_blocks(const Safetensors& file, std::string_view anchor) {
+  for (const WeightSet set : {WeightSet::raw, WeightSet::ema})
+    for (const std::string& prefix : weight_prefixes(file, anchor, set))
+      if (file.find(prefix + "blocks.0.attn.qkv.weight") != nullptr) return true;
+  return false;
+}
+
+// Chooses between the sets. Default: raw, as the loaders of the paper's code do; EMA where there is nothing else.
+[[nodiscard]] inline FileStatus choose_weights(const Safetensors& file, std::string_view anchor,
+                                               std::optional<WeightSet> asked, WeightPrefixes& out) {
+  const auto raw = weight_prefixes(file, anchor, WeightSet::raw),
+             ema = weight_prefixes(file, anchor, WeightSet::ema);
+  if (raw.empty() && ema.empty()) return file_error(file.path(), "is missing", anchor);
+  for (const auto* set : {&raw, &ema})
+    if (set->size() > 1)
+      return file_error(
+          file.path(),
+          "is there twice: under '" + printable((*set)[0]) + "' and '" + printable((*set)[1]) + "'", anchor);
+  out.set = asked.value_or(raw.empty() ? WeightSet::ema : WeightSet::raw);
+  const auto &chosen = out.set == WeightSet::raw ? raw : ema, &other = out.set == WeightSet::raw ? ema : raw;
+  if (chosen.empty())
+    return file_error(file.path(),
+                      out.set == WeightSet::raw ? "holds no raw weights, only their EMA"
+                                                : "holds no EMA weights, only raw ones",
+                      {}, Code::option);
+  out.chosen = chosen[0];
+  if (!other.empty()) out.other = other[0];
+  return {};
+}
+
+// What the choice means for the rules, whose inherited and dropped tensors are plain names so far: the source
+// has them below the prefix, and the other set is dropped.
+inline void apply_weights(const WeightPrefixes& weights, ModelRules& rules) {
+  const bool raw = weights.set == WeightSet::raw;
+  const std::string reason = raw ? "EMA weights, the raw ones are taken" : "raw weights, their EMA is taken";
+  std::vector<DropRule> others;
+  if (weights.other && weights.other->empty()) {
+    for (const TensorRule& rule : rules.inherited) others.push_back({rule.source, reason});
+    for (const DropRule& rule : rules.dropped) others.push_back({rule.name, reason});
+  } else if (weights.other) {
+    others.push_back({*weights.other, reason});
+  }
+  for (TensorRule& rule : rules.inherited) rule.source.insert(0, weights.chosen);
+  for (DropRule& rule : rules.dropped) rule.name.insert(0, weights.chosen);
+  for (AttentionRule& rule : rules.attentions) rule.like.insert(0, weights.chosen);
+  for (NewTensorRule& rule : rules.created) rule.like.insert(0, weights.chosen);
+  rules.dropped.insert(rules.dropped.end(), others.begin(), others.end());
+  for (const char* remains : {"optimizer.", "opt.", "scheduler.", "lr_scheduler.", "scaler.", "args.",
+                              "epoch", "step", "train_steps"})
+    rules.dropped.push_back({remains, "left from training"});
+  rules.own = weights.chosen;
+  if (weights.other)
+    rules.notes.push_back(raw ? "weights: raw, not their EMA" : "weights: EMA, not the raw ones");
+  else if (!raw)
+    rules.notes.emplace_back("weights: EMA, there are no others");
+}
+
+// Heads are no shape of a softmax attention: what is asked for, else what config.json says, else the known size,
+// else heads of 64 channels.
+[[nodiscard]] inline FileStatus choose_heads(const Safetensors& file, Index width, std::optional<Index> asked,
+                                             std::optional<Index> config, const KnownSize* known,
+                                             ModelRules& rules) {
+  const auto choose = [&](Index heads, const char* from) {
+    rules.heads = heads;
+    rules.tells_heads = false;
+    rules.notes.push_back("heads: " + std::to_string(heads) + ", " + from);
+  };
+  if (asked)
+    choose(*asked, "as asked for");
+  else if (config)
+    choose(*config, "as config.json says");
+  else if (known)
+    choose(known->heads, "as models of this size have");
+  else if (width % 64 == 0)
+    choose(width / 64, "a guess: 64 channels each");
+  else
+    return file_error(file.path(),
+                      "tells no heads: a width of " + std::to_string(width) +
+                          " is no multiple of 64, so their number must be given (heads)",
+                      {}, Code::option);
+  if (rules.heads < 1 || width % rules.heads != 0)
+    return file_error(file.path(),
+                      "a width of " + std::to_string(width) + " cannot be cut into " +
+                          std::to_string(rules.heads) + " heads",
+                      {}, Code::option);
+  rules.head_dim = width / rules.heads;
+  return {};
+}
+
+}  // namespace detail
+
+LINATTN_END
