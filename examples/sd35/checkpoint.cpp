@@ -17,8 +17,8 @@ struct ComponentTraits {
   std::string_view name;
   std::string_view folder;                   // in a diffusers directory
   std::array<std::string_view, 3> prefixes;  // in a file that holds several components
-  std::array<std::string_view, 2>
-      signatures;  // a tensor that begins so tells the component: official, diffusers
+  // A tensor that begins so tells the component: official, diffusers; and the same of its other half.
+  std::array<std::string_view, 4> signatures;
 };
 
 const ComponentTraits& traits(Component component) {
@@ -28,10 +28,10 @@ const ComponentTraits& traits(Component component) {
        "transformer",
        {"model.diffusion_model.", "", ""},
        {"joint_blocks.0.", "transformer_blocks.0.attn.add_q_proj."}},
-      {"VAE decoder",
+      {"VAE",
        "vae",
        {"first_stage_model.", "vae.", ""},
-       {"decoder.mid.block_1.", "decoder.mid_block."}},
+       {"decoder.mid.block_1.", "decoder.mid_block.", "encoder.mid.block_1.", "encoder.mid_block."}},
       {"CLIP-L text encoder", "text_encoder", {"text_encoders.clip_l.transformer.", "", ""}, {clip, clip}},
       {"CLIP-G text encoder", "text_encoder_2", {"text_encoders.clip_g.transformer.", "", ""}, {clip, clip}},
       {"T5 text encoder",
@@ -124,32 +124,40 @@ std::string old_attention_name(std::string name) {
 
 std::string diffusers_vae_name(std::string_view name, Index levels) {
   static constexpr std::array<Renaming, 8> outside{{
-      {"decoder.norm_out.", "decoder.conv_norm_out."},
-      {"decoder.mid.block_1.", "decoder.mid_block.resnets.0."},
-      {"decoder.mid.block_2.", "decoder.mid_block.resnets.1."},
-      {"decoder.mid.attn_1.norm.", "decoder.mid_block.attentions.0.group_norm."},
-      {"decoder.mid.attn_1.q.", "decoder.mid_block.attentions.0.to_q."},
-      {"decoder.mid.attn_1.k.", "decoder.mid_block.attentions.0.to_k."},
-      {"decoder.mid.attn_1.v.", "decoder.mid_block.attentions.0.to_v."},
-      {"decoder.mid.attn_1.proj_out.", "decoder.mid_block.attentions.0.to_out.0."},
+      {"norm_out.", "conv_norm_out."},
+      {"mid.block_1.", "mid_block.resnets.0."},
+      {"mid.block_2.", "mid_block.resnets.1."},
+      {"mid.attn_1.norm.", "mid_block.attentions.0.group_norm."},
+      {"mid.attn_1.q.", "mid_block.attentions.0.to_q."},
+      {"mid.attn_1.k.", "mid_block.attentions.0.to_k."},
+      {"mid.attn_1.v.", "mid_block.attentions.0.to_v."},
+      {"mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."},
   }};
-  static constexpr std::string_view up = "decoder.up.";
-  if (!name.starts_with(up)) return rename(name, outside);
-  std::string_view rest = name.substr(up.size());
+  static constexpr std::array<Renaming, 2> inside{
+      {{"upsample.", "upsamplers.0."}, {"downsample.", "downsamplers.0."}}};
+  static constexpr std::string_view up = "up.", down = "down.", block = "block.", shortcut = "nin_shortcut.";
+  const std::size_t dot = name.find('.') + 1;  // behind "encoder." or "decoder."
+  const std::string side(name.substr(0, dot));
+  if (side != "decoder." && side != "encoder.") return std::string(name);
+  std::string_view rest = name.substr(dot);
+  const bool rises = rest.starts_with(up);
+  if (!rises && !rest.starts_with(down)) return side + rename(rest, outside);
+  rest.remove_prefix(rises ? up.size() : down.size());
   const Index level = take_index(rest);
   if (level < 0) return std::string(name);
   // diffusers counts the levels in the order in which they run
-  std::string result = "decoder.up_blocks." + std::to_string(levels - 1 - level) + ".";
-  static constexpr std::string_view block = "block.", upsample = "upsample.", shortcut = "nin_shortcut.";
-  if (rest.starts_with(upsample)) return result + "upsamplers.0." + std::string(rest.substr(upsample.size()));
-  if (!rest.starts_with(block)) return std::string(name);
+  const std::string result =
+      side +
+      (rises ? "up_blocks." + std::to_string(levels - 1 - level) : "down_blocks." + std::to_string(level)) +
+      ".";
+  if (!rest.starts_with(block)) return result + rename(rest, inside);
   rest.remove_prefix(block.size());
   const Index index = take_index(rest);
   if (index < 0) return std::string(name);
-  result += "resnets." + std::to_string(index) + ".";
+  const std::string resnet = result + "resnets." + std::to_string(index) + ".";
   if (rest.starts_with(shortcut))
-    return result + "conv_shortcut." + std::string(rest.substr(shortcut.size()));
-  return result + std::string(rest);
+    return resnet + "conv_shortcut." + std::string(rest.substr(shortcut.size()));
+  return resnet + std::string(rest);
 }
 
 // What a file without a component of SD3.5 is instead, if that can be told.
@@ -204,11 +212,12 @@ std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Comp
   checkpoint.component_ = component;
   bool found = false;
   for (const std::string_view prefix : wanted.prefixes)
-    for (std::size_t layout = 0; layout < 2 && !found; ++layout)
-      if (holds(*files, std::string(prefix) + std::string(wanted.signatures[layout]))) {
+    for (std::size_t i = 0; i < wanted.signatures.size() && !found; ++i)
+      if (const std::string_view signature = wanted.signatures[i];
+          !signature.empty() && holds(*files, std::string(prefix) + std::string(signature))) {
         found = true;
         checkpoint.prefix_ = prefix;
-        checkpoint.diffusers_ = layout == 1;
+        checkpoint.diffusers_ = i % 2 == 1;
       }
   checkpoint.files_ = std::move(files);
   if (!found) return std::nullopt;
@@ -225,7 +234,8 @@ std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Comp
     while (holds(*checkpoint.files_, levels + std::to_string(checkpoint.vae_levels_) + "."))
       ++checkpoint.vae_levels_;
   checkpoint.vae_old_attention_ =
-      holds(*checkpoint.files_, checkpoint.prefix_ + "decoder.mid_block.attentions.0.query.");
+      holds(*checkpoint.files_, checkpoint.prefix_ + "decoder.mid_block.attentions.0.query.") ||
+      holds(*checkpoint.files_, checkpoint.prefix_ + "encoder.mid_block.attentions.0.query.");
 
   for (const TensorInfo& info : checkpoint.files_->tensors())
     if (info.name.starts_with(checkpoint.prefix_) && info.name.ends_with(".scale_weight"))

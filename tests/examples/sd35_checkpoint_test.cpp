@@ -219,16 +219,17 @@ TEST_CASE("every layout of a transformer reads alike") {
   }
 }
 
-TEST_CASE("every layout of a VAE decoder reads alike") {
+TEST_CASE("every layout of a VAE reads alike") {
   const Folder folder;
-  const Parameters official = sd35_files::make_vae(Dtype::f16, {4, 8, 12}, 2, 5);
+  Parameters official = sd35_files::make_vae(Dtype::f16, {4, 8, 12}, 2, 5);
+  official.merge(sd35_files::make_vae_encoder(Dtype::f16, {4, 8, 12}, 2, 5));
   Parameters diffusers;
   for (const auto& [name, array] : official) {
     std::string to = name;
     const auto replace = [&](const std::string& from, const std::string& by) {
       if (const std::size_t at = to.find(from); at != std::string::npos) to.replace(at, from.size(), by);
     };
-    replace("decoder.norm_out.", "decoder.conv_norm_out.");
+    replace("coder.norm_out.", "coder.conv_norm_out.");
     replace("mid.block_1.", "mid_block.resnets.0.");
     replace("mid.block_2.", "mid_block.resnets.1.");
     replace("mid.attn_1.norm.", "mid_block.attentions.0.group_norm.");
@@ -237,14 +238,17 @@ TEST_CASE("every layout of a VAE decoder reads alike") {
       replace(std::string("mid.attn_1.") + part + ".",
               std::string("mid_block.attentions.0.to_") + part + ".");
     for (int level = 0; level < 3; ++level) {
-      const std::string from = "up." + std::to_string(level) + ".",
-                        up = "up_blocks." + std::to_string(2 - level) + ".";
-      if (to.find("decoder." + from) == std::string::npos) continue;
-      replace(from, up);
-      replace(up + "block.", up + "resnets.");
-      replace(up + "upsample.", up + "upsamplers.0.");
-      replace("nin_shortcut.", "conv_shortcut.");
-      break;
+      const auto rename_level = [&](const std::string& from, const std::string& by) {
+        if (to.find("coder." + from) == std::string::npos) return;
+        replace(from, by);
+        replace(by + "block.", by + "resnets.");
+        replace(by + "upsample.", by + "upsamplers.0.");
+        replace(by + "downsample.", by + "downsamplers.0.");
+        replace("nin_shortcut.", "conv_shortcut.");
+      };
+      if (to.find("_blocks.") != std::string::npos) break;
+      rename_level("up." + std::to_string(level) + ".", "up_blocks." + std::to_string(2 - level) + ".");
+      rename_level("down." + std::to_string(level) + ".", "down_blocks." + std::to_string(level) + ".");
     }
     diffusers[to] = array;
     // diffusers keeps the projections of the attention as matrices

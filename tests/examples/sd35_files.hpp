@@ -177,34 +177,62 @@ inline Parameters make_t5(Dtype dtype, const T5Size& size, std::uint64_t seed = 
   return std::move(m.parameters);
 }
 
-// Channels of the levels, finest first, as in the names.
+// The parts of a VAE, each half of which makes itself with them.
+class VaeMaker : public Maker {
+ public:
+  using Maker::Maker;
+
+  void block(const std::string& name, Index in, Index out) {
+    norm(name + "norm1", in);
+    conv(name + "conv1", out, in, 3);
+    norm(name + "norm2", out);
+    conv(name + "conv2", out, out, 3);
+    if (in != out) conv(name + "nin_shortcut", out, in, 1);
+  }
+  void middle(const std::string& name, Index c) {
+    block(name + "block_1.", c, c);
+    norm(name + "attn_1.norm", c);
+    for (const char* part : {"q", "k", "v", "proj_out"}) conv(name + "attn_1." + part, c, c, 1);
+    block(name + "block_2.", c, c);
+  }
+};
+
+// The decoder. Channels of the levels, finest first, as in the names.
 inline Parameters make_vae(Dtype dtype, const std::vector<Index>& channels, int blocks, Index latent_channels,
                            std::uint64_t seed = 9) {
-  Maker m(dtype, seed);
-  const auto block = [&](const std::string& name, Index in, Index out) {
-    m.norm(name + "norm1", in);
-    m.conv(name + "conv1", out, in, 3);
-    m.norm(name + "norm2", out);
-    m.conv(name + "conv2", out, out, 3);
-    if (in != out) m.conv(name + "nin_shortcut", out, in, 1);
-  };
+  VaeMaker m(dtype, seed);
   Index c = channels.back();
   m.conv("decoder.conv_in", c, latent_channels, 3);
-  block("decoder.mid.block_1.", c, c);
-  m.norm("decoder.mid.attn_1.norm", c);
-  for (const char* name : {"q", "k", "v", "proj_out"})
-    m.conv(std::string("decoder.mid.attn_1.") + name, c, c, 1);
-  block("decoder.mid.block_2.", c, c);
+  m.middle("decoder.mid.", c);
   for (std::size_t level = channels.size(); level-- > 0;) {
     const std::string name = "decoder.up." + std::to_string(level) + ".";
     for (int i = 0; i < blocks; ++i) {
-      block(name + "block." + std::to_string(i) + ".", c, channels[level]);
+      m.block(name + "block." + std::to_string(i) + ".", c, channels[level]);
       c = channels[level];
     }
     if (level > 0) m.conv(name + "upsample.conv", c, c, 3);
   }
   m.norm("decoder.norm_out", c);
   m.conv("decoder.conv_out", 3, c, 3);
+  return std::move(m.parameters);
+}
+
+inline Parameters make_vae_encoder(Dtype dtype, const std::vector<Index>& channels, int blocks,
+                                   Index latent_channels, std::uint64_t seed = 10) {
+  VaeMaker m(dtype, seed);
+  Index c = channels.front();
+  m.conv("encoder.conv_in", c, 3, 3);
+  for (std::size_t level = 0; level < channels.size(); ++level) {
+    const std::string name = "encoder.down." + std::to_string(level) + ".";
+    for (int i = 0; i < blocks; ++i) {
+      m.block(name + "block." + std::to_string(i) + ".", c, channels[level]);
+      c = channels[level];
+    }
+    if (level + 1 < channels.size()) m.conv(name + "downsample.conv", c, c, 3);
+  }
+  m.middle("encoder.mid.", c);
+  m.norm("encoder.norm_out", c);
+  m.conv("encoder.conv_out", 2 * latent_channels, c, 3);
   return std::move(m.parameters);
 }
 

@@ -1,4 +1,4 @@
-// The text encoders and the VAE decoder against their formulas, in sizes that divide nothing.
+// The text encoders and the VAE against their formulas, in sizes that divide nothing.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -227,6 +227,10 @@ void check_vae(Dtype dtype, const std::vector<Index>& channels, int blocks, Inde
   check(picture, expected);
   CHECK(same(picture, model.decode(more, view)));
 
+  // Bands of rows leave out intermediates and change nothing.
+  CHECK(same(picture, model.decode(rt, view, {}, sd35::VaeMemory::bands)));
+  CHECK(same(picture, model.decode(more, view, {}, sd35::VaeMemory::bands)));
+
   // The latent may lie in memory as it likes.
   support::Buffer<T, 4> permuted(
       {batch, latent_channels, height, width},
@@ -241,7 +245,65 @@ TEST_CASE("the VAE decoder follows its formula, whatever the tiles cut") {
   SUBCASE("no upsampling") { check_vae<double>(Dtype::f32, {8}, 1, 1, 9, 33); }
   SUBCASE("beyond a tile in both axes") { check_vae<double>(Dtype::f64, {4, 8}, 1, 1, 9, 17); }
   SUBCASE("tiles of other shapes at the edges") { check_vae<float>(Dtype::f16, {32, 64}, 1, 1, 6, 10); }
+  SUBCASE("several bands and a part of one") { check_vae<float>(Dtype::bf16, {4, 8}, 2, 1, 41, 3); }
   SUBCASE("float") { check_vae<float>(Dtype::f16, {4, 8}, 1, 1, 5, 18); }
+}
+
+template <class T>
+void check_vae_encoder(Dtype dtype, const std::vector<Index>& channels, int blocks, Index batch, Index height,
+                       Index width, bool quant = false) {
+  CAPTURE(height);
+  CAPTURE(width);
+  const Folder folder;
+  const Index latent_channels = 3, groups = 4;
+  sd35_files::Parameters parameters = sd35_files::make_vae_encoder(dtype, channels, blocks, latent_channels);
+  if (quant) {
+    sd35_files::Maker maker(dtype, 11);
+    maker.conv("quant_conv", 2 * latent_channels, 2 * latent_channels, 1);
+    parameters.merge(maker.parameters);
+  }
+  sd35_files::write(folder / "vae.safetensors", parameters, dtype, "first_stage_model.");
+  const Checkpoint checkpoint = Checkpoint::open(folder / "vae.safetensors", Component::vae);
+  sd35::VaeConfig config = sd35::VaeConfig::of(checkpoint);
+  CHECK(config.scaling == (quant ? 0.18215 : 1.5305));
+  CHECK(config.shift == (quant ? 0 : 0.0609));
+  config.groups = groups;
+  const sd35::VaeEncoder<T> model(checkpoint, config);
+  CHECK(model.latent_channels() == latent_channels);
+  CHECK(model.factor() == Index{1} << (channels.size() - 1));
+
+  reference::Array picture({batch, 3, height, width});
+  support::fill_normal(
+      TensorView<double, 1>{picture.values.data(), {static_cast<Index>(picture.values.size())}}, 4);
+  for (double& value : picture.values) value = static_cast<double>(static_cast<float>(value));
+  const std::vector<T> values(picture.values.begin(), picture.values.end());
+  const TensorView<const T, 4> view{values.data(), {batch, 3, height, width}};
+
+  const reference::Array expected =
+      reference::vae_encoder(parameters, picture, static_cast<int>(channels.size()), blocks, groups);
+  sd35::Runtime rt(1), more(3);
+  const sd35::Tensor<T> moments = model.moments(rt, view);
+  CHECK(moments.shape() ==
+        std::vector<Index>{batch, height / model.factor(), width / model.factor(), 2 * latent_channels});
+  check(moments, reference::to_tokens(expected));
+  CHECK(same(moments, model.moments(more, view)));
+  CHECK(same(moments, model.moments(more, view, {}, sd35::VaeMemory::bands)));
+
+  const sd35::Tensor<T> latent = model.latent(moments);
+  reference::Array mean({batch, latent_channels, expected.size(2), expected.size(3)});
+  support::for_each_index(latent.template view<4>().extents, [&](const auto& i) {
+    mean(i[0], i[1], i[2], i[3]) = (expected(i[0], i[1], i[2], i[3]) - config.shift) * config.scaling;
+  });
+  check(latent, mean);
+}
+
+TEST_CASE("the VAE encoder follows its formula") {
+  SUBCASE("the smallest picture") { check_vae_encoder<double>(Dtype::f16, {4, 8}, 1, 1, 2, 2); }
+  SUBCASE("three levels, batch of two") { check_vae_encoder<double>(Dtype::bf16, {4, 12, 8}, 2, 2, 12, 20); }
+  SUBCASE("sides that the factor does not divide") {
+    check_vae_encoder<double>(Dtype::f32, {8, 4}, 1, 1, 9, 35);
+  }
+  SUBCASE("several bands, quant_conv") { check_vae_encoder<float>(Dtype::f16, {4, 8}, 1, 1, 70, 34, true); }
 }
 
 // post_quant_conv is a linear map of the latent: the reference gets the mapped one, its own scale undone.
@@ -295,7 +357,7 @@ TEST_CASE("the group norm keeps its digits beside a large offset") {
                           TensorView<const double, 1>{expected.values.data(), {picture.elements()}}, 1e-11);
 }
 
-TEST_CASE("the VAE decoder refuses what does not fit") {
+TEST_CASE("the VAE refuses what does not fit") {
   const Folder folder;
   sd35_files::Parameters parameters = sd35_files::make_vae(Dtype::f16, {4, 8}, 1, 5);
   sd35_files::write(folder / "vae.safetensors", parameters, Dtype::f16);
@@ -313,6 +375,18 @@ TEST_CASE("the VAE decoder refuses what does not fit") {
   CHECK_THROWS_WITH_AS(
       sd35::VaeDecoder<float>(Checkpoint::open(folder / "other.safetensors", Component::vae), {.groups = 4}),
       doctest::Contains("expected [any, 6, 3, 3]"), std::runtime_error);
+
+  // A file may hold one half.
+  CHECK_THROWS_WITH_AS(sd35::VaeEncoder<float>(checkpoint, {.groups = 4}),
+                       doctest::Contains("encoder.conv_in.weight"), std::runtime_error);
+  parameters = sd35_files::make_vae_encoder(Dtype::f16, {4, 8}, 1, 5);
+  sd35_files::write(folder / "encoder.safetensors", parameters, Dtype::f16);
+  const Checkpoint half = Checkpoint::open(folder / "encoder.safetensors", Component::vae);
+  CHECK_THROWS_WITH_AS(sd35::VaeDecoder<float>(half, {.groups = 4}),
+                       doctest::Contains("decoder.conv_in.weight"), std::runtime_error);
+  const sd35::VaeEncoder<float> encoder(half, {.groups = 4});
+  CHECK_THROWS_WITH_AS((void)encoder.moments(rt, {latent.data(), {1, 3, 1, 8}}),
+                       doctest::Contains("[1, 3, 1, 8]"), std::runtime_error);
 }
 
 }  // namespace

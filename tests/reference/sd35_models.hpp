@@ -1,4 +1,4 @@
-// SD3.5's text encoders and VAE decoder as their formulas say, in double, one loop an axis: what the fast forms
+// SD3.5's text encoders and VAE as their formulas say, in double, one loop an axis: what the fast forms
 // are compared with. Parameters come from a map by their checkpoint names.
 #pragma once
 
@@ -208,21 +208,23 @@ inline Array t5_encoder(const Parameters& p, const std::vector<std::int32_t>& id
   return rms_norm(x, p.at("encoder.final_layer_norm.weight"), 1e-6);
 }
 
-// ---- VAE decoder; activations are (batch, channel, row, column) ----
+// ---- VAE; activations are (batch, channel, row, column) ----
 
-inline Array conv(const Parameters& p, const std::string& module, const Array& x) {
+// Zero padding that keeps the size; with stride 2, of one at the right and the lower edge alone.
+inline Array conv(const Parameters& p, const std::string& module, const Array& x, std::ptrdiff_t stride = 1) {
   const Array &weight = p.at(module + ".weight"), &bias = p.at(module + ".bias");
-  const std::ptrdiff_t kernel = weight.shape.size() == 4 ? weight.size(2) : 1, pad = kernel / 2;
-  Array out({x.size(0), weight.size(0), x.size(2), x.size(3)});
+  const std::ptrdiff_t kernel = weight.shape.size() == 4 ? weight.size(2) : 1,
+                       pad = stride == 1 ? kernel / 2 : 0;
+  Array out({x.size(0), weight.size(0), x.size(2) / stride, x.size(3) / stride});
   for (std::ptrdiff_t b = 0; b < x.size(0); ++b)
     for (std::ptrdiff_t o = 0; o < weight.size(0); ++o)
-      for (std::ptrdiff_t y = 0; y < x.size(2); ++y)
-        for (std::ptrdiff_t i = 0; i < x.size(3); ++i) {
+      for (std::ptrdiff_t y = 0; y < out.size(2); ++y)
+        for (std::ptrdiff_t i = 0; i < out.size(3); ++i) {
           double total = bias(o);
           for (std::ptrdiff_t c = 0; c < x.size(1); ++c)
             for (std::ptrdiff_t ky = 0; ky < kernel; ++ky)
               for (std::ptrdiff_t kx = 0; kx < kernel; ++kx) {
-                const std::ptrdiff_t sy = y + ky - pad, sx = i + kx - pad;
+                const std::ptrdiff_t sy = y * stride + ky - pad, sx = i * stride + kx - pad;
                 if (sy < 0 || sx < 0 || sy >= x.size(2) || sx >= x.size(3)) continue;
                 const std::ptrdiff_t w = ((o * x.size(1) + c) * kernel + ky) * kernel + kx;
                 total += weight.values.at(static_cast<std::size_t>(w)) * x(b, c, sy, sx);
@@ -271,11 +273,9 @@ inline Array to_tokens(const Array& x) {
   return out;
 }
 
-inline Array vae_decoder(const Parameters& p, Array x, int levels, int blocks, std::ptrdiff_t groups) {
-  for (double& value : x.values) value = value / 1.5305 + 0.0609;
-  x = conv(p, "decoder.conv_in", x);
-  x = res_block(p, "decoder.mid.block_1.", x, groups);
-  const std::string attn = "decoder.mid.attn_1.";
+inline Array vae_middle(const Parameters& p, const std::string& name, Array x, std::ptrdiff_t groups) {
+  x = res_block(p, name + "block_1.", x, groups);
+  const std::string attn = name + "attn_1.";
   const Array n = group_norm(p, attn + "norm", x, groups);
   const Array mixed = attention(
       to_tokens(conv(p, attn + "q", n)), to_tokens(conv(p, attn + "k", n)), to_tokens(conv(p, attn + "v", n)),
@@ -286,7 +286,12 @@ inline Array vae_decoder(const Parameters& p, Array x, int levels, int blocks, s
       for (std::ptrdiff_t y = 0; y < x.size(2); ++y)
         for (std::ptrdiff_t i = 0; i < x.size(3); ++i) grid(b, c, y, i) = mixed(b, y * x.size(3) + i, c);
   x = sum(x, conv(p, attn + "proj_out", grid));
-  x = res_block(p, "decoder.mid.block_2.", x, groups);
+  return res_block(p, name + "block_2.", x, groups);
+}
+
+inline Array vae_decoder(const Parameters& p, Array x, int levels, int blocks, std::ptrdiff_t groups) {
+  for (double& value : x.values) value = value / 1.5305 + 0.0609;
+  x = vae_middle(p, "decoder.mid.", conv(p, "decoder.conv_in", x), groups);
   for (int level = levels - 1; level >= 0; --level) {
     const std::string name = "decoder.up." + std::to_string(level) + ".";
     for (int block = 0; block < blocks; ++block)
@@ -300,6 +305,20 @@ inline Array vae_decoder(const Parameters& p, Array x, int levels, int blocks, s
     x = conv(p, name + "upsample.conv", large);
   }
   return conv(p, "decoder.conv_out", apply(group_norm(p, "decoder.norm_out", x, groups), silu));
+}
+
+// Mean and log variance.
+inline Array vae_encoder(const Parameters& p, Array x, int levels, int blocks, std::ptrdiff_t groups) {
+  x = conv(p, "encoder.conv_in", x);
+  for (int level = 0; level < levels; ++level) {
+    const std::string name = "encoder.down." + std::to_string(level) + ".";
+    for (int block = 0; block < blocks; ++block)
+      x = res_block(p, name + "block." + std::to_string(block) + ".", x, groups);
+    if (level + 1 < levels) x = conv(p, name + "downsample.conv", x, 2);
+  }
+  x = vae_middle(p, "encoder.mid.", x, groups);
+  x = conv(p, "encoder.conv_out", apply(group_norm(p, "encoder.norm_out", x, groups), silu));
+  return p.contains("quant_conv.weight") ? conv(p, "quant_conv", x) : x;
 }
 
 }  // namespace reference
