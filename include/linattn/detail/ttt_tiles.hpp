@@ -37,7 +37,7 @@ template <class C>
   return (rows + Tile<C>::rows - 1) / Tile<C>::rows * Tile<C>::rows;
 }
 
-// Extents of a head's matrices and tiles, all fixed by the head's size and the model's projections.
+// Extents of a head's matrices and tiles, all fixed by the head's size and the model.
 template <class C>
 struct TttShape {
   Index head_dim;
@@ -45,7 +45,9 @@ struct TttShape {
   Index width;        // channels rounded up to panels: the row length of a tile
   Index projections;  // matrices that read x
   Index in_panels;    // of the projections
-  Index out_panels;   // of the output matrix, if there is one
+  Index chained;      // matrices behind them
+  Index functions;    // how often the model's function is applied
+  bool errors_apart;  // whether dl/df is a tile of its own: the function is not the last thing the model does
 
   template <InnerModel Model>
   [[nodiscard]] static constexpr TttShape of(Index head_dim) {
@@ -55,26 +57,36 @@ struct TttShape {
     s.width = padded_columns<C>(head_dim);
     s.projections = Model::projections;
     s.in_panels = Model::projections == 2 ? s.packs : s.panels();
-    s.out_panels = Model::has_output ? s.panels() : 0;
+    s.chained = Model::chained;
+    s.functions = Model::has_activation ? std::max(Model::chained, 1) : 0;
+    s.errors_apart = Model::chained > 0 || !Model::has_activation;
     return s;
   }
   [[nodiscard]] constexpr Index panels() const { return width / Tile<C>::columns; }
-  // Elements of one panel of a matrix, and of all panels of a head.
+  // Elements of one panel of a matrix, of the projections, of the first `matrices` chained matrices, and of a head.
   [[nodiscard]] constexpr Index panel() const { return padded_rows<C>(head_dim) * Tile<C>::columns; }
   [[nodiscard]] constexpr Index in_size() const { return in_panels * panel(); }
-  [[nodiscard]] constexpr Index out_size() const { return out_panels * panel(); }
-  [[nodiscard]] constexpr Index size() const { return in_size() + out_size(); }
-  // Elements of one panel of a tile of tokens, of the tile, and of a tile for each projection.
+  [[nodiscard]] constexpr Index chained_size(Index matrices) const { return matrices * panels() * panel(); }
+  [[nodiscard]] constexpr Index size() const { return in_size() + chained_size(chained); }
+  // Where a chained matrix lies: behind the projections, in order.
+  [[nodiscard]] constexpr Index chained_at(Index i) const { return in_size() + chained_size(i); }
+  // Elements of one panel of a tile of tokens, of the tile, of what the chained matrices read, of the derivatives
+  // of the function wherever it is applied, and of the errors.
   [[nodiscard]] constexpr Index tile_panel() const { return padded_rows<C>(ttt_tile) * Tile<C>::columns; }
   [[nodiscard]] constexpr Index tile() const { return padded_rows<C>(ttt_tile) * width; }
-  [[nodiscard]] constexpr Index derivatives() const { return projections * tile(); }
+  [[nodiscard]] constexpr Index activations() const { return chained * tile(); }
+  [[nodiscard]] constexpr Index derivatives() const { return functions * projections * tile(); }
+  [[nodiscard]] constexpr Index errors() const { return errors_apart ? tile() : 0; }
   // Register tiles of the products that a tile of tokens passes through: of keys, whose gradients are
   // products as well, and of queries.
   [[nodiscard]] constexpr Index key_products() const {
-    return (in_panels + out_panels) * ((padded_rows<C>(ttt_tile) + padded_rows<C>(head_dim)) / Tile<C>::rows);
+    const Index forward = chained > 1 ? (chained - 1) * panels() : 0;
+    return (in_panels + chained * panels()) *
+               ((padded_rows<C>(ttt_tile) + padded_rows<C>(head_dim)) / Tile<C>::rows) +
+           forward * padded_rows<C>(ttt_tile) / Tile<C>::rows;
   }
   [[nodiscard]] constexpr Index query_products() const {
-    return (in_panels + out_panels) * (padded_rows<C>(ttt_tile) / Tile<C>::rows);
+    return (in_panels + chained * panels()) * (padded_rows<C>(ttt_tile) / Tile<C>::rows);
   }
 };
 
@@ -296,21 +308,25 @@ struct TokenReader {
 
 // ---- the products ----
 
-// Values become errors: dl/dy as rows (to multiply with W^T) and in panels (to be multiplied with a^T).
-// Without a prediction that is all there is to the loss; with one the rows keep the values until
-// predict_errors.
+// The values of a tile, as they are, to rows.
+template <class C, class T>
+LINATTN_NOINLINE void read_values(const TttShape<C>& shape, const T* v, Index step, Index tokens, C* rows) {
+  for (Index t = 0; t < tokens; ++t, v += step, rows += shape.width)
+    for_each_pack<C>(0, shape.head_dim, [&](Index c, auto lanes) { lanes.load(v + c).store(rows + c); });
+}
+
+// The values of a tile, made errors where the loss needs no prediction: dl/df(K) as rows (to multiply with W^T)
+// and in panels (to be multiplied with A^T).
 template <class Loss, class C, class T>
 LINATTN_NOINLINE void read_errors(const TttShape<C>& shape, const T* v, Index step, Index tokens, C* rows,
                                   C* panels) {
   for (Index t = 0; t < tokens; ++t, v += step, rows += shape.width) {
     for_each_pack<C>(0, shape.head_dim, [&](Index c, auto lanes) {
-      Pack<C> value = lanes.load(v + c);
-      if constexpr (!Loss::needs_prediction) {
-        value = Loss::error(value, value);
-        value.store(panels + c / Tile<C>::columns * shape.tile_panel() + t * Tile<C>::columns +
-                    c % Tile<C>::columns);
-      }
-      value.store(rows + c);
+      const Pack<C> value = lanes.load(v + c);
+      const Pack<C> error = Loss::error(value, value);
+      error.store(panels + c / Tile<C>::columns * shape.tile_panel() + t * Tile<C>::columns +
+                  c % Tile<C>::columns);
+      error.store(rows + c);
     });
   }
 }
@@ -345,28 +361,29 @@ LINATTN_INLINE void multiply_by_panel(const TttShape<C>& shape, const C* tile, I
   multiply_rows_by_panel(tile, shape.width, Index{1}, tokens, panel, shape.head_dim, prefetch, epilogue);
 }
 
-// z = x W_in, then a = activation(z) to rows and its derivatives, in the layout of W_in, to panels.
-template <class Model, class C>
-LINATTN_NOINLINE void differentiate(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in,
-                                    C* activation, C* derivatives, Prefetch& prefetch) {
+// z = x W_in, then the function and its derivatives: use(at, f) receives them where z lies in the registers, with
+// the place of the element in `rows`; what it leaves of the derivatives goes to panels in the layout of W_in.
+template <class Model, class C, class Use>
+LINATTN_INLINE void differentiate(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in, C* rows,
+                                  C* derivatives, Prefetch& prefetch, const Use& use) {
   using P = Pack<C>;
   for (Index p = 0; p < shape.in_panels; ++p) {
     C* const to = derivatives + p * shape.tile_panel();
-    C* const values = activation + p * Tile<C>::columns / Model::projections;
+    C* const values = rows + p * Tile<C>::columns / Model::projections;
     multiply_by_panel(shape, x, tokens, w_in + p * shape.panel(), prefetch,
                       [&](Index row, P z1, P z2) LINATTN_INLINE_LAMBDA {
                         C* const d = to + row * Tile<C>::columns;
                         C* const a = values + row * shape.width;
                         if constexpr (Model::projections == 2) {
-                          const Activation<P> f = Model::differentiate(z1, z2);
-                          f.value.store(a);
+                          Activation<P> f = Model::differentiate(z1, z2);
+                          use(a, f);
                           f.d1.store(d);
                           f.d2.store(d + P::size);
                         } else {
-                          const Activation<P> f1 = Model::differentiate(z1, z1);
-                          const Activation<P> f2 = Model::differentiate(z2, z2);
-                          f1.value.store(a);
-                          f2.value.store(a + P::size);
+                          Activation<P> f1 = Model::differentiate(z1, z1);
+                          Activation<P> f2 = Model::differentiate(z2, z2);
+                          use(a, f1);
+                          use(a + P::size, f2);
                           f1.d1.store(d);
                           f2.d1.store(d + P::size);
                         }
@@ -374,7 +391,29 @@ LINATTN_NOINLINE void differentiate(const TttShape<C>& shape, const C* x, Index 
   }
 }
 
-// The same without derivatives.
+// z = x W_in, then a(z) to rows and its derivatives to panels.
+template <class Model, class C>
+LINATTN_NOINLINE void activate_and_differentiate(const TttShape<C>& shape, const C* x, Index tokens,
+                                                 const C* w_in, C* activation, C* derivatives,
+                                                 Prefetch& prefetch) {
+  differentiate<Model>(shape, x, tokens, w_in, activation, derivatives, prefetch,
+                       [](C* at, const Activation<Pack<C>>& f) LINATTN_INLINE_LAMBDA { f.value.store(at); });
+}
+
+// The same where a(z) is the prediction: the derivatives at once times its error, whose target the rows hold.
+template <class Model, class Loss, class C>
+LINATTN_NOINLINE void differentiate_loss(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in,
+                                         C* targets, C* derivatives, Prefetch& prefetch) {
+  using P = Pack<C>;
+  differentiate<Model>(shape, x, tokens, w_in, targets, derivatives, prefetch,
+                       [](const C* at, Activation<P>& f) LINATTN_INLINE_LAMBDA {
+                         const P error = Loss::error(P::load(at), f.value);
+                         f.d1 = f.d1 * error;
+                         f.d2 = f.d2 * error;
+                       });
+}
+
+// z = x W_in, then a(z) to rows.
 template <class Model, class C>
 LINATTN_NOINLINE void activate(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in,
                                C* activation, Prefetch& prefetch) {
@@ -427,15 +466,17 @@ LINATTN_NOINLINE void predict_errors(const TttShape<C>& shape, const C* a, Index
                       });
 }
 
-// D = E W_out^T, and at once D times the derivatives, in place: what K^T multiplies.
-template <int Projections, class C>
+// D = E W^T, and at once D times the derivatives, in place: the errors of the matrix before, in panels. As rows
+// too if that matrix is a chained one, which the errors go through next.
+template <int Projections, bool ToRows, class C>
 LINATTN_NOINLINE void backpropagate(const TttShape<C>& shape, const C* errors, Index tokens,
-                                    const C* w_out_transposed, C* derivatives, Prefetch& prefetch) {
+                                    const C* w_transposed, C* derivatives, C* rows, Prefetch& prefetch) {
+  static_assert(Projections == 1 || !ToRows);
   using P = Pack<C>;
   const auto multiply = [](C* at, P by) LINATTN_INLINE_LAMBDA { (P::load(at) * by).store(at); };
   for (Index p = 0; p < shape.panels(); ++p) {
     C* const panel = derivatives + p * Projections * shape.tile_panel();
-    multiply_by_panel(shape, errors, tokens, w_out_transposed + p * shape.panel(), prefetch,
+    multiply_by_panel(shape, errors, tokens, w_transposed + p * shape.panel(), prefetch,
                       [&](Index row, P d1, P d2) LINATTN_INLINE_LAMBDA {
                         C* const at = panel + row * Tile<C>::columns;
                         if constexpr (Projections == 2) {
@@ -447,6 +488,11 @@ LINATTN_NOINLINE void backpropagate(const TttShape<C>& shape, const C* errors, I
                         } else {
                           multiply(at, d1);
                           multiply(at + P::size, d2);
+                        }
+                        if constexpr (ToRows) {
+                          C* const to = rows + row * shape.width + p * Tile<C>::columns;
+                          P::load(at).store(to);
+                          P::load(at + P::size).store(to + P::size);
                         }
                       });
   }

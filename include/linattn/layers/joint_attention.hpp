@@ -62,19 +62,21 @@ template <class Context, Storage T, class W>
 }
 
 // Bytes of scratch for the same call of joint_ttt_attention.
-template <class Model = SwiGlu, class Loss = InnerProduct, class Context, Storage T, class W, class F>
+template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, class Context, Storage T,
+          class W, class F>
 [[nodiscard]] std::size_t joint_ttt_attention_workspace(
     const Context& ctx, In<T, 3> x, In<T, 3> context, const TttAttentionWeights<W, F>& x_weights,
     const AttentionWeights<W>& context_weights, const TensorView<T, 3>& x_out,
     const std::type_identity_t<TensorView<T, 3>>& context_out, const TttLayerOptions& options) {
   const detail::AttentionLayer<T, W> layer{x,     context,     x_weights.projections, context_weights,
                                            x_out, context_out, options.heads,         options.qk_norm_eps};
-  const detail::TttCore<Model, Loss, W, F> core{x_weights, options, layer.text(), layer.text_queries()};
+  const detail::TttCore<Model, Loss, Step, W, F> core{x_weights, options, layer.text(), layer.text_queries()};
   return layer.check().ok() ? layer.workspace(ctx, core) : 0;
 }
 
 // Test-time training over the tokens of both; options.grid counts from the first image token. See above.
-template <class Model = SwiGlu, class Loss = InnerProduct, class Context, Storage T, class W, class F>
+template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, class Context, Storage T,
+          class W, class F>
 [[nodiscard]] Status joint_ttt_attention(const Context& ctx, In<T, 3> x, In<T, 3> context,
                                          const TttAttentionWeights<W, F>& x_weights,
                                          const AttentionWeights<W>& context_weights,
@@ -83,7 +85,7 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Context, Storag
                                          const TttLayerOptions& options) {
   const detail::AttentionLayer<T, W> layer{x,     context,     x_weights.projections, context_weights,
                                            x_out, context_out, options.heads,         options.qk_norm_eps};
-  const detail::TttCore<Model, Loss, W, F> core{x_weights, options, layer.text(), layer.text_queries()};
+  const detail::TttCore<Model, Loss, Step, W, F> core{x_weights, options, layer.text(), layer.text_queries()};
   return layer.run(ctx, core, "joint_ttt_attention, workspace");
 }
 

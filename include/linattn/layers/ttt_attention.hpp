@@ -6,7 +6,8 @@
 //   W' = W - inner_lr dl/dW (k, v),  out = f(q; W') W_out^T + b_out
 //
 // T5 is SwiGlu and InnerProduct with both convs; its first version Mlp and InnerProduct without a conv; the TTT
-// branch of DiT5 Mlp and SquaredError. Grids of any aspect ratio, where the official code knows squares alone.
+// branch of DiT5 Mlp and SquaredError. Any other model, loss and step of ttt_inner.hpp is as good. Grids of any
+// aspect ratio, where the official code knows squares alone.
 //
 // Shapes: as softmax_attention_layer; w1, w2, w3 [heads, head_dim, head_dim], those that the model has; conv
 // weights [heads * head_dim, 1, 3, 3], biases [heads * head_dim], or empty.
@@ -54,7 +55,7 @@ namespace detail {
 
 // The attention between the projections. Keys are `text` tokens, then those of x; of the text the last
 // `text_queries` ask (all or none).
-template <class Model, class Loss, class W, class F>
+template <class Model, class Loss, class Step, class W, class F>
 struct TttCore {
   const TttAttentionWeights<W, F>& weights;
   const TttLayerOptions& options;
@@ -65,24 +66,25 @@ struct TttCore {
                                       const TensorView<T, 4>& k, const TensorView<T, 4>& v,
                                       const TensorView<T, 4>& out) const {
     if (text == text_queries)
-      return ttt_workspace<Model, Loss>(ctx, q, k, v, weights.inner, out, ttt_options(text));
+      return ttt_workspace<Model, Loss, Step>(ctx, q, k, v, weights.inner, out, ttt_options(text));
     Carver carver(Workspace{});
     const FastWeights<Compute<T>> fast = take<Compute<T>>(carver, k);
     return carver.used() +
            std::max(
-               ttt_update_workspace<Model, Loss>(ctx, k, v, weights.inner, fast, ttt_options(text)),
+               ttt_update_workspace<Model, Loss, Step>(ctx, k, v, weights.inner, fast, ttt_options(text)),
                ttt_apply_workspace<Model>(ctx, q, FastWeights<const Compute<T>>(fast), out, ttt_options(0)));
   }
 
   template <class Context, class T>
   [[nodiscard]] Status run(const Context& ctx, const TensorView<T, 4>& q, const TensorView<T, 4>& k,
                            const TensorView<T, 4>& v, const TensorView<T, 4>& out) const {
-    if (text == text_queries) return ttt<Model, Loss>(ctx, q, k, v, weights.inner, out, ttt_options(text));
+    if (text == text_queries)
+      return ttt<Model, Loss, Step>(ctx, q, k, v, weights.inner, out, ttt_options(text));
     // The image lies elsewhere among the queries than among the keys, so the halves of ttt are called apart.
     Carver carver(ctx.workspace);
     const FastWeights<Compute<T>> fast = take<Compute<T>>(carver, k);
     const Context inner = ctx.with(carver.rest());
-    const Status status = ttt_update<Model, Loss>(inner, k, v, weights.inner, fast, ttt_options(text));
+    const Status status = ttt_update<Model, Loss, Step>(inner, k, v, weights.inner, fast, ttt_options(text));
     if (!status.ok()) return status;
     return ttt_apply<Model>(inner, q, FastWeights<const Compute<T>>(fast), out, ttt_options(0));
   }
@@ -113,7 +115,8 @@ struct TttCore {
 }  // namespace detail
 
 // Bytes of scratch for the same call of ttt_attention_layer: 4 numbers a token and channel, and the ops' own.
-template <class Model = SwiGlu, class Loss = InnerProduct, class Context, Storage T, class W, class F>
+template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, class Context, Storage T,
+          class W, class F>
 [[nodiscard]] std::size_t ttt_attention_layer_workspace(const Context& ctx, In<T, 3> x,
                                                         const TttAttentionWeights<W, F>& weights,
                                                         const TensorView<T, 3>& out,
@@ -121,19 +124,21 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Context, Storag
   const AttentionWeights<W> none{};
   const detail::AttentionLayer<T, W> layer{x,   {}, weights.projections, none,
                                            out, {}, options.heads,       options.qk_norm_eps};
-  return layer.check().ok() ? layer.workspace(ctx, detail::TttCore<Model, Loss, W, F>{weights, options, 0, 0})
-                            : 0;
+  return layer.check().ok()
+             ? layer.workspace(ctx, detail::TttCore<Model, Loss, Step, W, F>{weights, options, 0, 0})
+             : 0;
 }
 
 // out = f(q; W') W_out^T + b_out. See above.
-template <class Model = SwiGlu, class Loss = InnerProduct, class Context, Storage T, class W, class F>
+template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, class Context, Storage T,
+          class W, class F>
 [[nodiscard]] Status ttt_attention_layer(const Context& ctx, In<T, 3> x,
                                          const TttAttentionWeights<W, F>& weights,
                                          const TensorView<T, 3>& out, const TttLayerOptions& options) {
   const AttentionWeights<W> none{};
   const detail::AttentionLayer<T, W> layer{x,   {}, weights.projections, none,
                                            out, {}, options.heads,       options.qk_norm_eps};
-  return layer.run(ctx, detail::TttCore<Model, Loss, W, F>{weights, options, 0, 0},
+  return layer.run(ctx, detail::TttCore<Model, Loss, Step, W, F>{weights, options, 0, 0},
                    "ttt_attention_layer, workspace");
 }
 

@@ -2,7 +2,7 @@
 // contract; the inner models, losses and steps are in ttt_inner.hpp, the host's form is in ttt_cpu.hpp.
 //
 //   W' = W - inner_lr * dl/dW                one step, all N = k tokens, every gradient at the initial W
-//   out = f(q; W')
+//   out = f(q; W')                           ColumnClip: dl/dW clipped, column by column
 //
 // with l = -(scale / N) sum <v, f(k; W)> (InnerProduct) or (scale / 2N) sum |f(k; W) - v|^2 (SquaredError),
 // and the fast weights acting from the right, x W. `ttt_update` is the first line, `ttt_apply` the second;
@@ -16,8 +16,8 @@
 // bit for bit.
 //
 // Shapes    q, out (b, nq, h, d); k, v (b, nk, h, d), nk may differ from nq; weights w1, w2, w3 [h, d, d],
-//           those that the model has (W3 of SwiGlu and W2 of Mlp map the activation), the others empty; fast
-//           weights [b, h, d, d]; conv weights [h * d, 1, 3, 3] and biases [h * d], channel = head * d + j,
+//           those that the model has (ttt_inner.hpp says which), the others empty; fast weights
+//           [b, h, d, d]; conv weights [h * d, 1, 3, 3] and biases [h * d], channel = head * d + j,
 //           or empty. Any d >= 1 and any strides with channel stride 1.
 // Numerics  arithmetic and fast weights in Compute<T>; activations rounded to T once, on output. Token sums
 //           run in tiles of 64 within chunks of 512 tokens, chunks added in order, so results are bitwise
@@ -29,7 +29,7 @@
 //           out must not overlap q, k, v or a weight, and fast weights nothing else.
 // Workspace X_workspace of the same arguments; it does not grow with the tokens, but for two rows of the grid
 //           a worker if the prologue convolves.
-// Source    Transformer-to-TTT, `TTTAttention` of T5 and DiT5.
+// Source    Transformer-to-TTT, `TTTAttention` of T5 and DiT5; ViTTT, `TTT`.
 #pragma once
 
 #include <optional>
@@ -49,6 +49,10 @@ LINATTN_BEGIN
 template <class W>
 struct TttWeights {
   TensorView<const W, 3> w1{}, w2{}, w3{};
+
+  [[nodiscard]] constexpr const TensorView<const W, 3>& operator[](int i) const {
+    return i == 0 ? w1 : i == 1 ? w2 : w3;
+  }
 };
 
 // Updated weights, one set a batch entry and head, in the type of the arithmetic.
@@ -56,6 +60,9 @@ template <class C>
 struct FastWeights {
   TensorView<C, 4> w1{}, w2{}, w3{};
 
+  [[nodiscard]] constexpr const TensorView<C, 4>& operator[](int i) const {
+    return i == 0 ? w1 : i == 1 ? w2 : w3;
+  }
   // What ttt_update wrote is what ttt_apply reads.
   [[nodiscard]] constexpr operator FastWeights<const C>() const requires(!std::is_const_v<C>) {
     return {w1, w2, w3};

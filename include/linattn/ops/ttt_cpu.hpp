@@ -46,23 +46,23 @@ struct TttScratch {
   // To answer queries:
   C* fast = nullptr;        // updated weights; before that, the sum of the chunks' gradients
   C* x = nullptr;           // a tile of keys or queries
-  C* activation = nullptr;  // a tile of them behind the projections
+  C* activation = nullptr;  // for each chained matrix a tile of what it reads
   C* rows = nullptr;        // a tile of errors or outputs
   ConvTaps<C>* taps = nullptr;
   C* stage = nullptr;
   // To learn from keys:
-  C* weights = nullptr;  // projections, then the output matrix
-  C* w_out_transposed = nullptr;
+  C* weights = nullptr;      // projections, then the chained matrices
+  C* transposed = nullptr;   // the chained matrices
   C* gradient = nullptr;     // of one chunk
-  C* panels = nullptr;       // errors once more
-  C* derivatives = nullptr;  // of the activation; then those times D
+  C* errors = nullptr;       // those of `rows` once more, in panels
+  C* derivatives = nullptr;  // of the function, wherever it is applied; then those times the errors there
 
   [[nodiscard]] static TttScratch take(Carver& carver, const TttShape<C>& shape, bool learns,
                                        const TokenGrid* grid) {
     TttScratch s;
     s.fast = carver.take<C>(shape.size());
     s.x = carver.take<C>(shape.tile());
-    s.activation = carver.take<C>(shape.tile());
+    s.activation = carver.take<C>(shape.activations());
     s.rows = carver.take<C>(shape.tile());
     if (grid != nullptr) {
       s.taps = carver.take<ConvTaps<C>>(shape.packs);
@@ -70,9 +70,9 @@ struct TttScratch {
     }
     if (learns) {
       s.weights = carver.take<C>(shape.size());
-      s.w_out_transposed = carver.take<C>(shape.out_size());
+      s.transposed = carver.take<C>(shape.chained_size(shape.chained));
       s.gradient = carver.take<C>(shape.size());
-      s.panels = carver.take<C>(shape.tile());
+      s.errors = carver.take<C>(shape.errors());
       s.derivatives = carver.take<C>(shape.derivatives());
     }
     return s;
@@ -154,49 +154,34 @@ template <class C, class T, class W>
   return reader;
 }
 
-// Initial weights of head h in panels.
+// The matrices of one head into panels and back; matrix(i) is the i-th as a view [d, d].
+template <class Model, class C, class W, class Matrix>
+void pack_matrices(const TttShape<C>& shape, const Matrix& matrix, C* panels) {
+  if constexpr (Model::projections == 2) {
+    pack_pair<C, W>(shape, matrix(0), matrix(1), panels);
+  } else {
+    pack_matrix<C, W>(shape, matrix(0), panels);
+  }
+  for (int i = 0; i < Model::chained; ++i)
+    pack_matrix<C, W>(shape, matrix(Model::projections + i), panels + shape.chained_at(i));
+}
+template <class Model, class C, class Matrix>
+void unpack_matrices(const TttShape<C>& shape, const C* panels, const Matrix& matrix) {
+  for (int i = 0; i < Model::projections; ++i)
+    unpack_matrix<C>(shape, panels, i, Model::projections, matrix(i));
+  for (int i = 0; i < Model::chained; ++i)
+    unpack_matrix<C>(shape, panels + shape.chained_at(i), 0, 1, matrix(Model::projections + i));
+}
+
+// Initial weights of head h.
 template <class Model, class C, class W>
 void pack_weights(const TttWeights<W>& weights, Index h, const TttShape<C>& shape,
                   const TttScratch<C>& scratch) {
-  const TensorView<const W, 2> w1 = at(weights.w1, h);
-  if constexpr (Model::projections == 2) {
-    pack_pair<C, W>(shape, w1, at(weights.w2, h), scratch.weights);
-  } else {
-    pack_matrix<C, W>(shape, w1, scratch.weights);
-  }
-  if constexpr (Model::has_output) {
-    const TensorView<const W, 2> out = at(Model::projections == 2 ? weights.w3 : weights.w2, h);
-    pack_matrix<C, W>(shape, out, scratch.weights + shape.in_size());
-    pack_matrix_transposed<C, W>(shape, out, scratch.w_out_transposed);
-  }
-}
-
-// Fast weights of one head into panels and back.
-template <class Model, class C>
-void pack_fast_weights(const FastWeights<const C>& fast, Index b, Index h, const TttShape<C>& shape,
-                       C* panels) {
-  const TensorView<const C, 2> w1 = at(at(fast.w1, b), h);
-  if constexpr (Model::projections == 2) {
-    pack_pair<C, C>(shape, w1, at(at(fast.w2, b), h), panels);
-  } else {
-    pack_matrix<C, C>(shape, w1, panels);
-  }
-  if constexpr (Model::has_output)
-    pack_matrix<C, C>(shape, at(at(Model::projections == 2 ? fast.w3 : fast.w2, b), h),
-                      panels + shape.in_size());
-}
-template <class Model, class C>
-void unpack_fast_weights(const C* panels, const TttShape<C>& shape, const FastWeights<C>& fast, Index b,
-                         Index h) {
-  if constexpr (Model::projections == 2) {
-    unpack_matrix<C>(shape, panels, 0, 2, at(at(fast.w1, b), h));
-    unpack_matrix<C>(shape, panels, 1, 2, at(at(fast.w2, b), h));
-  } else {
-    unpack_matrix<C>(shape, panels, 0, 1, at(at(fast.w1, b), h));
-  }
-  if constexpr (Model::has_output)
-    unpack_matrix<C>(shape, panels + shape.in_size(), 0, 1,
-                     at(at(Model::projections == 2 ? fast.w3 : fast.w2, b), h));
+  const auto matrix = [&](int i) -> TensorView<const W, 2> { return at(weights[i], h); };
+  pack_matrices<Model, C, W>(shape, matrix, scratch.weights);
+  for (int i = 0; i < Model::chained; ++i)
+    pack_matrix_transposed<C, W>(shape, matrix(Model::projections + i),
+                                 scratch.transposed + shape.chained_size(i));
 }
 
 // The gradients of one head from the keys and values of one chunk.
@@ -205,41 +190,79 @@ void chunk_gradient(const TttShape<C>& shape, TokenReader<C, T>& keys, const T* 
                     Index end, const TttScratch<C>& s, C* gradient) {
   std::fill_n(gradient, shape.size(), C(0));
   keys.begin_chunk(first);
-  const C* const w_out = s.weights + shape.in_size();
   for (Index t = first; t < end; t += ttt_tile) {
     const Index tokens = std::min(ttt_tile, end - t);
     keys.read(t, tokens, s.x);
-    read_errors<Loss>(shape, v + t * v_step, v_step, tokens, s.rows, s.panels);
+    const T* const values = v + t * v_step;
     const Index next = t + tokens, calls = shape.key_products();
     Prefetch prefetch{
         keys.ahead(next, calls), Ahead::rows(v, v_step, next, keys.tokens, shape.head_dim, calls), {}};
-    if constexpr (Model::has_activation)
-      differentiate<Model>(shape, s.x, tokens, s.weights, s.activation, s.derivatives, prefetch);
-    if constexpr (Loss::needs_prediction) {
-      if constexpr (Model::has_output) {
-        predict_errors<Loss>(shape, s.activation, tokens, w_out, s.rows, s.panels, prefetch);
-      } else {
-        static_assert(!Model::has_activation, "a model without an output matrix predicts by its projection");
-        predict_errors<Loss>(shape, s.x, tokens, s.weights, s.rows, s.panels, prefetch);
-      }
-    }
-    if constexpr (Model::has_output) {
-      backpropagate<Model::projections>(shape, s.rows, tokens, s.w_out_transposed, s.derivatives, prefetch);
+
+    if constexpr (Model::has_activation && Model::chained == 0) {
+      read_values(shape, values, v_step, tokens, s.rows);
+      differentiate_loss<Model, Loss>(shape, s.x, tokens, s.weights, s.rows, s.derivatives, prefetch);
       accumulate_gradient(shape, s.x, tokens, s.derivatives, shape.in_panels, gradient, prefetch);
-      accumulate_gradient(shape, s.activation, tokens, s.panels, shape.out_panels, gradient + shape.in_size(),
-                          prefetch);
     } else {
-      static_assert(!Model::has_activation, "a gate without an output matrix has yet to be written");
-      accumulate_gradient(shape, s.x, tokens, s.panels, shape.in_panels, gradient, prefetch);
+      // Forward. The tile that a matrix reads, the matrix, and the derivatives of the function behind it.
+      const auto input = [&](int i) { return i == 0 ? s.x : s.activation + (i - 1) * shape.tile(); };
+      const auto weights = [&](int i) { return i == 0 ? s.weights : s.weights + shape.chained_at(i - 1); };
+      const auto derivatives = [&](int i) { return s.derivatives + i * shape.tile(); };
+      unroll<Model::chained>([&](auto i) {
+        activate_and_differentiate<Model>(shape, input(i), tokens, weights(i), input(i + 1), derivatives(i),
+                                          prefetch);
+      });
+      if constexpr (Loss::needs_prediction) {
+        read_values(shape, values, v_step, tokens, s.rows);
+        predict_errors<Loss>(shape, input(Model::chained), tokens, weights(Model::chained), s.rows, s.errors,
+                             prefetch);
+      } else {
+        read_errors<Loss>(shape, values, v_step, tokens, s.rows, s.errors);
+      }
+
+      // Backward, chained matrices first. As rows the errors take the place of what the matrix has read.
+      const C* rows = s.rows;
+      const C* panels = s.errors;
+      unroll<Model::chained>([&](auto step) {
+        constexpr int i = Model::chained - 1 - step;
+        accumulate_gradient(shape, input(i + 1), tokens, panels, shape.panels(),
+                            gradient + shape.chained_at(i), prefetch);
+        backpropagate<Model::projections, (i > 0)>(shape, rows, tokens, s.transposed + shape.chained_size(i),
+                                                   derivatives(i), input(i + 1), prefetch);
+        rows = input(i + 1);
+        panels = derivatives(i);
+      });
+      accumulate_gradient(shape, s.x, tokens, panels, shape.in_panels, gradient, prefetch);
     }
   }
 }
 
-// W' = step(W, rate, sum), in place of the sum.
+// W' = W - rate * sum, in place of the sum; the gradient is factor * sum. The columns of all matrices are lanes of
+// their panels.
 template <class Step, class C>
-LINATTN_NOINLINE void take_step(const C* weights, C rate, Index count, C* sum) {
-  for (Index i = 0; i < count; i += Pack<C>::size)
-    Step::step(Pack<C>::load(weights + i), Pack<C>(rate), Pack<C>::load(sum + i)).store(sum + i);
+LINATTN_NOINLINE void take_step(const TttShape<C>& shape, const C* weights, double inner_lr, double factor,
+                                C* sum) {
+  using P = Pack<C>;
+  const auto rate = [&](C norm) {
+    return static_cast<C>(Step::rate(inner_lr, factor, static_cast<double>(norm)));
+  };
+  for (Index panel = 0; panel < shape.size(); panel += shape.panel()) {
+    for (Index lane = 0; lane < Tile<C>::columns; lane += P::size) {
+      const C* w = weights + panel + lane;
+      C* g = sum + panel + lane;
+      C rates[P::size] = {};  // of the columns; before that, their norms
+      if constexpr (Step::needs_column_norm) {
+        P squares = P::zero();
+        for (Index r = 0; r < shape.head_dim; ++r) {
+          const P gradient = P(static_cast<C>(factor)) * P::load(g + r * Tile<C>::columns);
+          squares = fma(gradient, gradient, squares);
+        }
+        sqrt(squares).store(rates);
+      }
+      for (C& x : rates) x = rate(x);
+      for (Index r = 0; r < padded_rows<C>(shape.head_dim); ++r, w += Tile<C>::columns, g += Tile<C>::columns)
+        (P::load(w) - P::load(rates) * P::load(g)).store(g);
+    }
+  }
 }
 
 // out = f(q; W') for the tokens [first, end) of one head.
@@ -253,12 +276,18 @@ void answer_queries(const TttShape<C>& shape, TokenReader<C, T>& queries, T* out
     const Index next = t + tokens, calls = shape.query_products();
     Prefetch prefetch{
         queries.ahead(next, calls), {}, Ahead::rows(out, out_step, t, end, shape.head_dim, calls)};
-    if constexpr (Model::has_activation) activate<Model>(shape, s.x, tokens, fast, s.activation, prefetch);
-    if constexpr (Model::has_output) {
-      multiply_rows(shape, s.activation, tokens, fast + shape.in_size(), s.rows, prefetch);
+    const C* layer = s.x;
+    const C* weights = fast;
+    unroll<Model::chained>([&](auto i) {
+      C* const activation = s.activation + i * shape.tile();
+      activate<Model>(shape, layer, tokens, weights, activation, prefetch);
+      layer = activation;
+      weights = fast + shape.chained_at(i);
+    });
+    if constexpr (Model::has_activation && Model::chained == 0) {
+      activate<Model>(shape, layer, tokens, weights, s.rows, prefetch);
     } else {
-      static_assert(!Model::has_activation, "a gate without an output matrix has yet to be written");
-      multiply_rows(shape, s.x, tokens, fast, s.rows, prefetch);
+      multiply_rows(shape, layer, tokens, weights, s.rows, prefetch);
     }
     write_rows(shape, s.rows, tokens, out + t * out_step, out_step);
   }
@@ -295,8 +324,7 @@ struct TttLearner {
   // The sum of the gradients becomes the updated weights; the packed weights are those of the head.
   void step(const TttScratch<C>& s, C* sum) const {
     const double scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(memory.shape.head_dim)));
-    const double rate = options.inner_lr * scale / static_cast<double>(k.extent(1));
-    take_step<Step>(s.weights, static_cast<C>(rate), memory.shape.size(), sum);
+    take_step<Step>(memory.shape, s.weights, options.inner_lr, scale / static_cast<double>(k.extent(1)), sum);
   }
 
   // All chunks of one head: its updated weights in s.fast.
@@ -461,7 +489,8 @@ template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, InnerStep St
       detail::pack_weights<Model>(weights, h, memory.shape, s);
       learner.step(s, fast);
     }
-    detail::unpack_fast_weights<Model>(fast, memory.shape, fast_weights, b, h);
+    const auto matrix = [&](int i) { return at(at(fast_weights[i], b), h); };
+    detail::unpack_matrices<Model>(memory.shape, fast, matrix);
   });
   return {};
 }
@@ -496,7 +525,8 @@ template <InnerModel Model = SwiGlu, ParallelPolicy P, Storage T, Storage W = T>
   ctx.parallel.run(memory.plan.heads * tasks, [&](Index task, Index worker) {
     const Index head = task / tasks, first = task % tasks * chunks;
     const detail::TttScratch<C> s = memory.scratch(worker);
-    detail::pack_fast_weights<Model>(fast_weights, head / heads, head % heads, memory.shape, s.fast);
+    const auto matrix = [&](int i) { return at(at(fast_weights[i], head / heads), head % heads); };
+    detail::pack_matrices<Model, C, C>(memory.shape, matrix, s.fast);
     answerer.answer(head / heads, head % heads, first, first + chunks, s.fast, s);
   });
   return {};

@@ -2,18 +2,24 @@
 // for one element. V is float, double or a SIMD pack of either; the matrix products, tiles and threads around
 // them are written once for all policies, in ttt_cpu.hpp.
 //
-// An inner model projects x by one or two matrices, z1 = x W1 (and z2 = x W2), applies a function
-// a(z1[, z2]) to each element, and may map the result by one more matrix, f(x) = a W_out:
+// An inner model projects x by one or two matrices, z1 = x W1 (and z2 = x W2), applies a function a to each
+// element, and maps what that gives by the matrices that are chained to it, the function again between two:
 //
 //   Linear   f(x) = x W1                            matrices: W1
+//   Glu      f(x) = silu(x W1) * (x W2)                       W1, W2
 //   Mlp      f(x) = silu(x W1) W2                             W1, W2
 //   SwiGlu   f(x) = (silu(x W1) * (x W2)) W3                  W1, W2, W3
+//   Mlp3     f(x) = silu(silu(x W1) W2) W3                    W1, W2, W3
 //
-// With E = dl/df(K) the gradients at the initial weights are, D = E W_out^T (D = E without an output matrix),
-//   dl/dW1 = K^T (D * da/dz1),  dl/dW2 = K^T (D * da/dz2),  dl/dW_out = a^T E.
+// With A the input of a chained matrix W_c and E = dl/d(A W_c), the gradients at the initial weights are
+//   dl/dW_c = A^T E,  and one matrix down  E <- (E W_c^T) * da/dz,
+// and those of the projections  dl/dW1 = K^T (D * da/dz1),  dl/dW2 = K^T (D * da/dz2), D = E W_c^T, or dl/df(K)
+// where no matrix is chained.
 //
 // Source    Transformer-to-TTT: T5 `gradient_silu_glu` (SwiGlu) and `gradient` (Mlp), both with InnerProduct;
-//           DiT5 `TTTAttention.gradient` (Mlp with SquaredError).
+//           DiT5 `TTTAttention.gradient` (Mlp with SquaredError). ViTTT `inner_train_simplified_swiglu`: Glu with
+//           its matrices' names swapped, InnerProduct with scale 1/3, and ColumnClip. Mlp3 is our reading of the
+//           paper's TTT-3Layer and Glu of its TTT-1Layer-Gate, which no official code has.
 #pragma once
 
 #include <cmath>
@@ -39,10 +45,12 @@ struct Activation {
 
 template <class M>
 concept InnerModel = requires {
-  // How many matrices read x (1 or 2), whether a function is applied, and whether one more matrix follows it.
+  // How many matrices read x (1 or 2), whether a function is applied, and how many matrices are chained to it.
+  // There are names for three matrices, and only a function of one argument can stand between two.
   requires M::projections == 1 || M::projections == 2;
   requires std::same_as<decltype(M::has_activation), const bool>;
-  requires std::same_as<decltype(M::has_output), const bool>;
+  requires M::chained >= 0 && M::projections + M::chained <= 3;
+  requires M::has_activation ||(M::chained == 0 && M::projections == 1);
 }
 &&(!M::has_activation || requires(float z) {
   { M::activate(z, z) } -> std::same_as<float>;
@@ -53,14 +61,14 @@ concept InnerModel = requires {
 struct Linear {
   static constexpr int projections = 1;
   static constexpr bool has_activation = false;
-  static constexpr bool has_output = false;
+  static constexpr int chained = 0;
 };
 
 // f(x) = silu(x W1) W2, silu(z) = z s(z), silu'(z) = s(z) (1 + z (1 - s(z))).
 struct Mlp {
   static constexpr int projections = 1;
   static constexpr bool has_activation = true;
-  static constexpr bool has_output = true;
+  static constexpr int chained = 1;
 
   template <class V>
   [[nodiscard]] LINATTN_HD static V activate(V z1, V) {
@@ -76,11 +84,16 @@ struct Mlp {
   }
 };
 
-// f(x) = (silu(x W1) * (x W2)) W3: the default, the gated unit of most language models.
-struct SwiGlu {
+// f(x) = silu(silu(x W1) W2) W3: one layer more.
+struct Mlp3 : Mlp {
+  static constexpr int chained = 2;
+};
+
+// f(x) = silu(x W1) * (x W2): a gate, and nothing behind it.
+struct Glu {
   static constexpr int projections = 2;
   static constexpr bool has_activation = true;
-  static constexpr bool has_output = true;
+  static constexpr int chained = 0;
 
   template <class V>
   [[nodiscard]] LINATTN_HD static V activate(V z1, V z2) {
@@ -96,11 +109,16 @@ struct SwiGlu {
   }
 };
 
+// f(x) = (silu(x W1) * (x W2)) W3: the default, the gated unit of most language models.
+struct SwiGlu : Glu {
+  static constexpr int chained = 1;
+};
+
 namespace detail {
 
-// Matrices of a model: those that read x, then the output matrix.
+// Matrices of a model: those that read x, then those that are chained.
 template <InnerModel M>
-inline constexpr int matrices = M::projections + (M::has_output ? 1 : 0);
+inline constexpr int matrices = M::projections + M::chained;
 
 }  // namespace detail
 
@@ -131,18 +149,31 @@ struct SquaredError {
   }
 };
 
-// An inner step says what a weight becomes. The gradient comes without the factor scale / N, which the rate
-// holds.
+// An inner step says how far each column of each matrix goes down its gradient,
+//   W'[:, j] = W[:, j] - rate(inner_lr, factor, norm_j) * G[:, j]
+// where factor * G = dl/dW, factor = scale / N, and norm_j = |dl/dW[:, j]|_2 over the rows, if the step needs it.
 template <class S>
-concept InnerStep = requires(float x) {
-  { S::step(x, x, x) } -> std::same_as<float>;
+concept InnerStep = requires(double x) {
+  { S::needs_column_norm } -> std::convertible_to<bool>;
+  { S::rate(x, x, x) } -> std::same_as<double>;
 };
 
-// W' = W - rate * gradient, rate = inner_lr * scale / N
+// W' = W - inner_lr * dl/dW
 struct Plain {
-  template <class V>
-  [[nodiscard]] LINATTN_HD static V step(V weight, V rate, V gradient) {
-    return weight - rate * gradient;
+  static constexpr bool needs_column_norm = false;
+
+  [[nodiscard]] LINATTN_HD static double rate(double inner_lr, double factor, double) {
+    return inner_lr * factor;
+  }
+};
+
+// W'[:, j] = W[:, j] - inner_lr * g / (|g|_2 + 1), g = dl/dW[:, j]: no column moves by inner_lr or more. It is
+// the norm + 1 that divides, so small gradients shrink as well.
+struct ColumnClip {
+  static constexpr bool needs_column_norm = true;
+
+  [[nodiscard]] LINATTN_HD static double rate(double inner_lr, double factor, double norm) {
+    return inner_lr * factor / (norm + 1);
   }
 };
 
