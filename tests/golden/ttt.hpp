@@ -8,6 +8,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -100,11 +101,13 @@ inline TokenGrid grid_of(const Case& c) {
 
 // ---- fast weights ----
 
-// The matrices of a model, one set a head: [h, d, d]; a leading axis of 1 is dropped.
-inline std::vector<Tensor> read_matrices(Case& c, const std::string& prefix, int count) {
+// The matrices of a model, one set a head: [h, d, d]; a leading axis of 1 is dropped. The model's i-th is the
+// recorded one whose number is numbers[i].
+inline std::vector<Tensor> read_matrices(Case& c, const std::string& prefix, int count,
+                                         std::string_view numbers = "123") {
   std::vector<Tensor> result;
-  for (int m = 1; m <= count; ++m) {
-    Tensor w = c.read(prefix + "w" + std::to_string(m));
+  for (const char number : numbers.substr(0, static_cast<std::size_t>(count))) {
+    Tensor w = c.read(prefix + "w" + number);
     if (w.shape.size() == 4 && w.shape[0] == 1) w.shape.erase(w.shape.begin());
     (void)w.view<3>();  // throws where the rank is another
     result.push_back(std::move(w));
@@ -142,14 +145,13 @@ struct Updated {
   std::vector<Buffer<C, 4>> memory;
 };
 
-// mid.w* = W', and mid.g* = (W - W') / inner_lr in double.
+// mid.g* = (W - W') / inner_lr in double, the name being followed by `kind`.
 template <class T>
-void check_update(Case& c, const std::string& run, const std::vector<Tensor>& initial,
-                  const Updated<T>& updated, double inner_lr) {
+void check_gradients(Case& c, const std::string& run, const std::vector<Tensor>& initial,
+                     const Updated<T>& updated, double inner_lr, std::string_view numbers = "123",
+                     const std::string& kind = "") {
   for (std::size_t m = 0; m < initial.size(); ++m) {
-    const std::string number = std::to_string(m + 1);
     const TensorView<T, 4> w = updated.memory[m].view();
-    c.check("mid.w" + number, run, w, recorded<T>);
     Buffer<double, 4> g(w.extents);
     const TensorView<const double, 3> w0 = initial[m].view<3>();
     double largest = 0.0, gradient = 0.0;
@@ -162,8 +164,17 @@ void check_update(Case& c, const std::string& run, const std::vector<Tensor>& in
     // W' is rounded to T, and W - W' keeps that error whole: what W' may be off by, relative to inner_lr * g.
     Tolerance tolerance = recorded<T>;
     tolerance.value += support::unit_roundoff<T> * std::sqrt(largest / gradient) / std::abs(inner_lr);
-    c.check("mid.g" + number, run, g.view(), tolerance);
+    c.check(std::string("mid.g") + numbers[m] + kind, run, g.view(), tolerance);
   }
+}
+
+// mid.w* = W', and its gradients.
+template <class T>
+void check_update(Case& c, const std::string& run, const std::vector<Tensor>& initial,
+                  const Updated<T>& updated, double inner_lr, std::string_view numbers = "123") {
+  for (std::size_t m = 0; m < initial.size(); ++m)
+    c.check(std::string("mid.w") + numbers[m], run, updated.memory[m].view(), recorded<T>);
+  check_gradients(c, run, initial, updated, inner_lr, numbers);
 }
 
 }  // namespace golden
