@@ -62,6 +62,10 @@ TEST_CASE_TEMPLATE("packs load, store and compute lane by lane", T, float, doubl
   check(detail::fma(x, y, z), [](T p, T q, T r) { return p * q + r; });  // exact here
   check(detail::max(y, z), [](T, T q, T r) { return std::max(q, r); });
   check(detail::min(y, z), [](T, T q, T r) { return std::min(q, r); });
+  check(detail::select_less(y, z, x, z), [](T p, T q, T r) { return q < r ? p : r; });
+  const P zero = P::zero(), one(T(1)), nan(not_a_number<T>);
+  check(detail::select_less(zero, one, y, nan), [](T, T q, T) { return q; });
+  check(detail::select_less(one, zero, nan, y), [](T, T q, T) { return q; });
   detail::sqrt(x).store(out + 1);  // Eigen's may be a Newton step on an estimate
   for (int i = 0; i < n; ++i)
     CHECK(std::abs(out[i + 1] / std::sqrt(a[i + 1]) - T(1)) <= std::numeric_limits<T>::epsilon());

@@ -7,31 +7,12 @@
 // step. What becomes of the sums is the caller's: an epilogue receives them in registers.
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
 #include <linattn/core/status.hpp>
 #include <linattn/detail/simd.hpp>
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
 namespace detail {
-
-#if defined(__GNUC__)
-#define LINATTN_INLINE_LAMBDA __attribute__((always_inline))
-#else
-#define LINATTN_INLINE_LAMBDA
-#endif
-
-// f(0), f(1), ... f(N - 1), each index a constant of its own type: an array that is indexed by nothing else
-// stays in registers, while a loop that the compiler unrolls (late, or not at all) may leave it in memory.
-template <int N, class F>
-LINATTN_INLINE void unroll(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) LINATTN_INLINE_LAMBDA {
-    (f(std::integral_constant<int, I>{}), ...);
-  }
-  (std::make_integer_sequence<int, N>{});
-}
 
 // The register tile. Its sums, two packs of the panel and one broadcast fit the registers, and there are
 // enough sums to hide the latency of an FMA: 16 of 32 registers with AVX-512, 12 of 16 otherwise.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
@@ -49,6 +50,22 @@ namespace detail {
 #define LINATTN_INLINE inline
 #define LINATTN_NOINLINE
 #endif
+
+#if defined(__GNUC__)
+#define LINATTN_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define LINATTN_INLINE_LAMBDA
+#endif
+
+// f(0), f(1), ... f(N - 1), each index a constant of its own type: an array that is indexed by nothing else
+// stays in registers, while a loop that the compiler unrolls (late, or not at all) may leave it in memory.
+template <int N, class F>
+LINATTN_INLINE void unroll(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) LINATTN_INLINE_LAMBDA {
+    (f(std::integral_constant<int, I>{}), ...);
+  }
+  (std::make_integer_sequence<int, N>{});
+}
 
 template <class T>
 struct Pack {
@@ -95,6 +112,11 @@ template <class T>
 [[nodiscard]] LINATTN_INLINE Pack<T> min(Pack<T> a, Pack<T> b) {
   return Eigen::internal::pmin(a.raw, b.raw);
 }
+// x where a < b, y elsewhere; what is not taken may be NaN.
+template <class T>
+[[nodiscard]] LINATTN_INLINE Pack<T> select_less(Pack<T> a, Pack<T> b, Pack<T> x, Pack<T> y) {
+  return Eigen::internal::pselect(Eigen::internal::pcmp_lt(a.raw, b.raw), x.raw, y.raw);
+}
 template <class T>
 [[nodiscard]] LINATTN_INLINE Pack<T> sqrt(Pack<T> a) {
   return Eigen::internal::psqrt(a.raw);
@@ -108,9 +130,47 @@ template <class T>
   return Eigen::internal::predux_max(a.raw);
 }
 
+#if defined(__AVX512F__)
+// Eigen's own leaves half of its steps in memory.
+LINATTN_INLINE void transpose(__m512 (&r)[16]) {
+  __m512 t[16];
+  unroll<8>([&](auto i) LINATTN_INLINE_LAMBDA {  // rows 2 i and 2 i + 1 in turn
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  });
+  unroll<4>([&](auto i) LINATTN_INLINE_LAMBDA {  // column c of each 128-bit lane, rows 4 i to 4 i + 3
+    unroll<2>([&](auto c) LINATTN_INLINE_LAMBDA {
+      const __m512d a = _mm512_castps_pd(t[4 * i + c]), b = _mm512_castps_pd(t[4 * i + c + 2]);
+      r[4 * i + 2 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[4 * i + 2 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    });
+  });
+  unroll<4>([&](auto c) LINATTN_INLINE_LAMBDA {  // 4 x 4 lanes change places
+    const __m512 even01 = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x88);
+    const __m512 even23 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xdd);
+    const __m512 odd23 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xdd);
+    t[c] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    t[c + 4] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    t[c + 8] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    t[c + 12] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  });
+  unroll<16>([&](auto i) LINATTN_INLINE_LAMBDA { r[i] = t[i]; });
+}
+#endif
+
 // Rows become columns: rows[i] lane j <-> rows[j] lane i.
 template <class T>
 LINATTN_INLINE void transpose(Pack<T> (&rows)[Pack<T>::size]) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && Pack<T>::size == 16) {
+    __m512 r[16];
+    unroll<16>([&](auto i) LINATTN_INLINE_LAMBDA { r[i] = rows[i].raw; });
+    transpose(r);
+    unroll<16>([&](auto i) LINATTN_INLINE_LAMBDA { rows[i].raw = r[i]; });
+    return;
+  }
+#endif
   if constexpr (Pack<T>::size > 1) {
     Eigen::internal::PacketBlock<typename Pack<T>::Raw, Pack<T>::size> block;
     for (int i = 0; i < Pack<T>::size; ++i) block.packet[i] = rows[i].raw;
