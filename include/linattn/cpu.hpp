@@ -11,6 +11,7 @@
 #include <linattn/ops/depthwise_conv_cpu.hpp>
 #include <linattn/ops/instance_norm_cpu.hpp>
 #include <linattn/ops/linear_cpu.hpp>
+#include <linattn/ops/neighborhood_attention_cpu.hpp>
 #include <linattn/ops/rms_norm_cpu.hpp>
 #include <linattn/ops/softmax_attention_cpu.hpp>
 #include <linattn/ops/ttt_cpu.hpp>

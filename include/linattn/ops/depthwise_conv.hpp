@@ -54,6 +54,14 @@ namespace detail {
   return {};
 }
 
+// The grid is the whole sequence.
+[[nodiscard]] constexpr Status check_whole_grid(const TokenGrid& grid, Index tokens) {
+  if (grid.offset != 0)
+    return fail(Code::option, "grid, offset (all tokens are on the grid)", 0, grid.offset);
+  if (const Status fits = check_grid(grid, tokens); !fits.ok()) return fits;
+  return expect_equal(tokens, grid.tokens(), "grid, tokens (all are on the grid)");
+}
+
 // weight [channels, 1, 3, 3], dense in its kernel; bias [channels] or empty.
 template <class W, class B>
 [[nodiscard]] constexpr Status check_conv_weights(const TensorView<W, 4>& weight,
