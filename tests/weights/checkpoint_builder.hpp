@@ -5,14 +5,19 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <linattn/weights/json.hpp>
 #include <linattn/weights/random.hpp>
 #include <linattn/weights/safetensors.hpp>
+
+#include "temporary_folder.hpp"
 
 namespace support {
 
@@ -45,6 +50,7 @@ class CheckpointBuilder {
   void add(std::string name, Dtype dtype, std::vector<Index> shape) {
     specs_.push_back({std::move(name), dtype, std::move(shape)});
   }
+  void append(const std::vector<TensorSpec>& more) { specs_.insert(specs_.end(), more.begin(), more.end()); }
   void set_dtype(Dtype dtype) {
     for (TensorSpec& spec : specs_) spec.dtype = dtype;
   }
@@ -60,6 +66,23 @@ class CheckpointBuilder {
     }
     const FileStatus status = write_safetensors(path, tensors, metadata);
     REQUIRE_MESSAGE(status.ok(), message(status));
+  }
+  // Zeros, which the file system need not store: for models of true size.
+  void write_zeros(const std::filesystem::path& path) const {
+    nlohmann::json header;
+    std::size_t end = 0;
+    for (const TensorSpec& spec : specs_) {
+      const std::size_t begin = end;
+      end += spec.byte_size();
+      header[spec.name] = {
+          {"dtype", name(spec.dtype)}, {"shape", spec.shape}, {"data_offsets", {begin, end}}};
+    }
+    const std::string text = header.dump();
+    const std::uint64_t size = text.size();
+    std::string file(sizeof size, '\0');
+    std::memcpy(file.data(), &size, sizeof size);
+    write_text(path, file + text);
+    std::filesystem::resize_file(path, file.size() + text.size() + end);
   }
 
  private:

@@ -147,15 +147,16 @@ inline constexpr std::string_view vit_anchor = "patch_embed.proj.weight";
     return status;
   detail::add_block_attentions(rules);
 
-  rules.dropped = {{"cls_token", "the converted model has no class token, its head reads the mean of all"},
-                   {"dist_token", "the converted model has no distillation token"},
-                   {"head_dist.weight", "the converted model has no distillation token"},
-                   {"head_dist.bias", "the converted model has no distillation token"}};
+  rules.dropped = {
+      {"cls_token", "the converted model has no class token, its head reads the mean of all tokens"},
+      {"dist_token", "the converted model has no distillation token"},
+      {"head_dist.weight", "the converted model has no distillation token"},
+      {"head_dist.bias", "the converted model has no distillation token"}};
+  if (options.classes && (*options.classes < 1 || *options.classes > 1 << 24))
+    return detail::file_error(file.path(), std::to_string(*options.classes) + " is no number of classes", {},
+                              Code::option);
   VitModel target = model;
   if (options.classes && *options.classes != model.classes) {
-    if (*options.classes < 1 || *options.classes > 1 << 24)
-      return detail::file_error(file.path(), std::to_string(*options.classes) + " is no number of classes",
-                                {}, Code::option);
     const std::string reason = "has " + std::to_string(model.classes) + " classes, " +
                                std::to_string(*options.classes) + " are asked for: the new one is untrained";
     for (const char* tensor : {"head.weight", "head.bias"}) rules.dropped.push_back({tensor, reason});
