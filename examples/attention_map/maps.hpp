@@ -1,0 +1,46 @@
+// The attention maps of one layer: softmax beside Test-Time-Training.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "nn/checkpoint.hpp"
+#include "nn/runtime.hpp"
+#include "nn/ttt_module.hpp"
+
+namespace attention_map {
+
+using namespace nn;  // what the examples share
+
+// What goes into an attention, (batch 1, tokens, heads, head_dim), behind the projections.
+struct Inputs {
+  Tensor<float> q, k, v;
+
+  [[nodiscard]] Index tokens() const { return q.extent(1); }
+  [[nodiscard]] Index heads() const { return q.extent(2); }
+};
+
+// The two layers that are compared. Each has its own inputs: in a converted model a layer sees what the converted
+// layers before it made.
+struct Layers {
+  std::string name;
+  Inputs softmax, ttt;
+  TttModule<float> module;
+  linattn::TokenGrid grid;
+};
+
+// A file that holds `q`, `k`, `v` [tokens, heads, head_dim] and the tensors of one converted attention under their
+// names in a checkpoint; both layers then see the same. The grid is the last tokens, at most two (a class token) lie
+// before it; height 0: it is a square. Throws std::runtime_error that names the file and the tensor.
+[[nodiscard]] Layers read_layer(const std::filesystem::path& file, Index height, Index width);
+
+// (heads, queries, tokens)
+using Map = Tensor<float>;
+[[nodiscard]] Map softmax_map(Runtime& rt, const Layers& layers, const std::vector<Index>& queries);
+[[nodiscard]] Map ttt_map(Runtime& rt, const Layers& layers, const std::vector<Index>& queries);
+
+// |mean k| / mean |k| of each head.
+[[nodiscard]] std::vector<float> key_shift_ratios(Runtime& rt, const Inputs& inputs);
+
+}  // namespace attention_map
