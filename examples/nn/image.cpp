@@ -7,6 +7,10 @@
 #include <cerrno>
 #include <csetjmp>
 #include <cstdio>
+// jpeglib.h needs the types of cstdio.
+#include <jerror.h>
+#include <jpeglib.h>
+
 #include <memory>
 #include <stdexcept>
 #include <string_view>
@@ -14,14 +18,12 @@
 
 #include <linattn/weights/atomic_file.hpp>
 
+#include "small_file.hpp"
+
 namespace nn {
 namespace {
 
 namespace fs = std::filesystem;
-
-[[noreturn]] void fail(const fs::path& path, const std::string& what) {
-  throw std::runtime_error(path.string() + ": " + what);
-}
 
 std::string reason(int error) { return std::system_category().message(error); }
 
@@ -85,6 +87,111 @@ void write_directly(const fs::path& path, std::string_view bytes) {
     fail(path, "cannot write: " + reason(errno));
 }
 
+std::string read_picture(const fs::path& path) {
+  return read_small_file(path, std::uintmax_t{256} << 20, "a picture");
+}
+
+// Memory for a picture, once its header has told its size.
+Image make_image(const fs::path& path, Index width, Index height) {
+  constexpr Index most = Index{1} << 27;
+  if (width < 1 || height < 1 || width > most / height)
+    fail(path, "is " + std::to_string(width) + " x " + std::to_string(height) + " pixels; at most " +
+                   std::to_string(most) + " are read");
+  return {width, height, std::vector<std::uint8_t>(static_cast<std::size_t>(width * height * 3))};
+}
+
+Image decode_png(const fs::path& path, const std::string& bytes) {
+  png_image png{};
+  png.version = PNG_IMAGE_VERSION;
+  const std::unique_ptr<png_image, void (*)(png_image*)> guard(&png, png_image_free);
+  if (png_image_begin_read_from_memory(&png, bytes.data(), bytes.size()) == 0) fail(path, png.message);
+  png.format = PNG_FORMAT_RGB;
+  png.flags |= PNG_IMAGE_FLAG_16BIT_sRGB;  // 16 bits are as little linear as 8, unless the file says so
+  Image image = make_image(path, static_cast<Index>(png.width), static_cast<Index>(png.height));
+  const png_color black{};
+  if (png_image_finish_read(&png, &black, image.rgb.data(), 0, nullptr) == 0) fail(path, png.message);
+  return image;
+}
+
+// A JPEG while it is decoded. libjpeg leaves by longjmp as well.
+struct Jpeg {
+  jpeg_decompress_struct info{};
+  jpeg_error_mgr errors{};
+  jpeg_progress_mgr progress{};
+  std::jmp_buf jump;
+  char error[JMSG_LENGTH_MAX] = {};
+
+  Jpeg() = default;
+  Jpeg(const Jpeg&) = delete;
+  Jpeg& operator=(const Jpeg&) = delete;
+  ~Jpeg() { jpeg_destroy_decompress(&info); }
+};
+
+[[noreturn]] void on_jpeg_error(j_common_ptr info) {
+  Jpeg& jpeg = *static_cast<Jpeg*>(info->client_data);
+  info->err->format_message(info, jpeg.error);
+  std::longjmp(jpeg.jump, 1);
+}
+// libjpeg fills in grey for data that is damaged or not there, and warns.
+void on_jpeg_message(j_common_ptr info, int level) {
+  if (level < 0 && info->err->msg_code != JWRN_EXTRANEOUS_DATA && info->err->msg_code != JWRN_JFIF_MAJOR)
+    on_jpeg_error(info);
+}
+// Each scan of a progressive file goes over all of the picture: a small file could ask for years.
+void on_jpeg_progress(j_common_ptr info) {
+  if (reinterpret_cast<j_decompress_ptr>(info)->input_scan_number <= 500) return;
+  Jpeg& jpeg = *static_cast<Jpeg*>(info->client_data);
+  std::snprintf(jpeg.error, sizeof jpeg.error, "more than 500 scans");
+  std::longjmp(jpeg.jump, 1);
+}
+
+// As in encode(), no object with a destructor lives in the frames that errors jump to.
+bool read_header(Jpeg& jpeg, const std::string& bytes) {
+  jpeg.info.err = jpeg_std_error(&jpeg.errors);
+  jpeg.errors.error_exit = on_jpeg_error;
+  jpeg.errors.emit_message = on_jpeg_message;
+  jpeg.info.client_data = &jpeg;
+  if (setjmp(jpeg.jump) != 0) return false;
+  jpeg_create_decompress(&jpeg.info);
+  jpeg.progress.progress_monitor = on_jpeg_progress;
+  jpeg.info.progress = &jpeg.progress;
+  jpeg_mem_src(&jpeg.info, reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+  jpeg_read_header(&jpeg.info, TRUE);
+  const bool inks = jpeg.info.jpeg_color_space == JCS_CMYK || jpeg.info.jpeg_color_space == JCS_YCCK;
+  jpeg.info.out_color_space = inks ? JCS_CMYK : JCS_RGB;
+  return true;
+}
+
+// `row` holds a row of four inks where the file has them.
+bool read_rows(Jpeg& jpeg, std::uint8_t* rgb, std::uint8_t* row) {
+  if (setjmp(jpeg.jump) != 0) return false;
+  jpeg_start_decompress(&jpeg.info);
+  const std::size_t width = jpeg.info.output_width;
+  while (jpeg.info.output_scanline < jpeg.info.output_height) {
+    std::uint8_t* const out = rgb + jpeg.info.output_scanline * width * 3;
+    JSAMPROW target = row != nullptr ? row : out;
+    jpeg_read_scanlines(&jpeg.info, &target, 1);
+    if (row == nullptr) continue;
+    for (std::size_t x = 0; x < width; ++x)
+      for (std::size_t c = 0; c < 3; ++c)  // inverted inks: what is left of white
+        out[3 * x + c] = static_cast<std::uint8_t>((row[4 * x + c] * row[4 * x + 3] + 127) / 255);
+  }
+  jpeg_finish_decompress(&jpeg.info);
+  return true;
+}
+
+Image decode_jpeg(const fs::path& path, const std::string& bytes) {
+  Jpeg jpeg;
+  if (!read_header(jpeg, bytes)) fail(path, std::string("cannot decode: ") + jpeg.error);
+  Image image =
+      make_image(path, static_cast<Index>(jpeg.info.image_width), static_cast<Index>(jpeg.info.image_height));
+  std::vector<std::uint8_t> row;
+  if (jpeg.info.out_color_space == JCS_CMYK) row.resize(static_cast<std::size_t>(image.width) * 4);
+  if (!read_rows(jpeg, image.rgb.data(), row.empty() ? nullptr : row.data()))
+    fail(path, std::string("cannot decode: ") + jpeg.error);
+  return image;
+}
+
 }  // namespace
 
 template <class T>
@@ -145,17 +252,14 @@ void write_png(const fs::path& path, const Image& image, const PngText& text) {
     throw std::runtime_error(message(status));
 }
 
-Image read_png(const fs::path& path) {
-  png_image png{};
-  png.version = PNG_IMAGE_VERSION;
-  const std::unique_ptr<png_image, void (*)(png_image*)> guard(&png, png_image_free);
-  if (png_image_begin_read_from_file(&png, path.c_str()) == 0) fail(path, png.message);
-  png.format = PNG_FORMAT_RGB;
-  Image image{static_cast<Index>(png.width), static_cast<Index>(png.height), {}};
-  image.rgb.resize(PNG_IMAGE_SIZE(png));
-  const png_color black{};
-  if (png_image_finish_read(&png, &black, image.rgb.data(), 0, nullptr) == 0) fail(path, png.message);
-  return image;
+Image read_png(const fs::path& path) { return decode_png(path, read_picture(path)); }
+Image read_jpeg(const fs::path& path) { return decode_jpeg(path, read_picture(path)); }
+
+Image read_image(const fs::path& path) {
+  const std::string bytes = read_picture(path);
+  if (bytes.starts_with("\x89PNG\r\n\x1a\n")) return decode_png(path, bytes);
+  if (bytes.starts_with("\xff\xd8\xff")) return decode_jpeg(path, bytes);
+  fail(path, "is neither a PNG nor a JPEG");
 }
 
 void expect_writable(const fs::path& path) {

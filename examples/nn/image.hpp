@@ -1,4 +1,4 @@
-// Pictures: 8-bit RGB, PNG files.
+// Pictures: 8-bit RGB, PNG and JPEG files.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,17 @@ using PngText = std::vector<std::pair<std::string, std::string>>;
 /// the file and what the system says, a full disk included.
 void write_png(const std::filesystem::path& path, const Image& image, const PngText& text = {});
 
-/// Any PNG as 8-bit RGB, transparency on black. Throws std::runtime_error that names the file.
+/// Any PNG as 8-bit RGB, transparency on black. Files of at most 256 MB and pictures of at most 2^27 pixels are
+/// read, here and below. Throws std::runtime_error that names the file.
 [[nodiscard]] Image read_png(const std::filesystem::path& path);
+
+/// Any 8-bit JPEG as RGB: greyscale and CMYK (inverted, as Adobe writes it) are converted; the orientation that
+/// a camera notes is not applied. A file that is damaged or cut short is an error. Throws std::runtime_error that
+/// names the file.
+[[nodiscard]] Image read_jpeg(const std::filesystem::path& path);
+
+/// A PNG or a JPEG: the first bytes tell, not the name.
+[[nodiscard]] Image read_image(const std::filesystem::path& path);
 
 /// Throws where write_png could not work, so that a long computation does not start in vain.
 void expect_writable(const std::filesystem::path& path);

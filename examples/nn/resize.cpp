@@ -1,0 +1,109 @@
+#include "resize.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace nn {
+namespace {
+
+constexpr int fraction_bits = 22;
+
+// What an output pixel reads: `count` inputs from `first` on, with these weights.
+struct Window {
+  Index first = 0;
+  std::vector<std::int32_t> weights;
+};
+
+// The kernel of R. Keys, Cubic convolution interpolation for digital image processing, 1981, at distance x.
+double cubic(double x) {
+  constexpr double a = -0.5;
+  x = std::abs(x);
+  if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
+  if (x < 2) return (((x - 5) * x + 8) * x - 4) * a;
+  return 0;
+}
+
+std::vector<Window> windows(Index in, Index out) {
+  const double scale = static_cast<double>(in) / static_cast<double>(out), stretch = std::max(scale, 1.0);
+  std::vector<Window> result(static_cast<std::size_t>(out));
+  std::vector<double> weights;
+  for (Index i = 0; i < out; ++i) {
+    const double centre = (static_cast<double>(i) + 0.5) * scale;
+    const auto first = std::max<Index>(static_cast<Index>(centre - 2 * stretch + 0.5), 0);
+    const auto end = std::min(static_cast<Index>(centre + 2 * stretch + 0.5), in);
+    weights.clear();
+    double sum = 0;
+    for (Index j = first; j < end; ++j) {
+      weights.push_back(cubic((static_cast<double>(j) - centre + 0.5) * (1 / stretch)));
+      sum += weights.back();
+    }
+    Window& window = result[static_cast<std::size_t>(i)];
+    window.first = first;
+    for (const double weight : weights)
+      window.weights.push_back(static_cast<std::int32_t>(std::round(weight / sum * (1 << fraction_bits))));
+  }
+  return result;
+}
+
+std::uint8_t to_byte(std::int32_t sum) {
+  return static_cast<std::uint8_t>(std::clamp(sum >> fraction_bits, 0, 255));
+}
+
+Image resize_rows(const Image& image, Index width) {
+  const std::vector<Window> all = windows(image.width, width);
+  Image result{width, image.height,
+               std::vector<std::uint8_t>(static_cast<std::size_t>(width * image.height * 3))};
+  std::uint8_t* out = result.rgb.data();
+  for (Index y = 0; y < image.height; ++y)
+    for (const Window& window : all) {
+      std::int32_t sums[3] = {1 << (fraction_bits - 1), 1 << (fraction_bits - 1), 1 << (fraction_bits - 1)};
+      const std::uint8_t* in = image.rgb.data() + (y * image.width + window.first) * 3;
+      for (const std::int32_t weight : window.weights)
+        for (std::int32_t& sum : sums) sum += weight * *in++;
+      for (const std::int32_t sum : sums) *out++ = to_byte(sum);
+    }
+  return result;
+}
+
+Image resize_columns(const Image& image, Index height) {
+  const Index stride = image.width * 3;
+  Image result{image.width, height, std::vector<std::uint8_t>(static_cast<std::size_t>(stride * height))};
+  std::uint8_t* out = result.rgb.data();
+  std::vector<std::int32_t> sums(static_cast<std::size_t>(stride));
+  for (const Window& window : windows(image.height, height)) {
+    std::fill(sums.begin(), sums.end(), 1 << (fraction_bits - 1));
+    const std::uint8_t* in = image.rgb.data() + window.first * stride;
+    for (const std::int32_t weight : window.weights)
+      for (std::int32_t& sum : sums) sum += weight * *in++;
+    for (const std::int32_t sum : sums) *out++ = to_byte(sum);
+  }
+  return result;
+}
+
+}  // namespace
+
+Image resize(const Image& image, Index width, Index height) {
+  if (width < 1 || height < 1 || image.width < 1 || image.height < 1)
+    throw std::runtime_error("cannot resize a picture of " + std::to_string(image.width) + " x " +
+                             std::to_string(image.height) + " pixels to " + std::to_string(width) + " x " +
+                             std::to_string(height));
+  Image result = width == image.width ? image : resize_rows(image, width);
+  return height == image.height ? result : resize_columns(result, height);
+}
+
+Image crop(const Image& image, Index left, Index top, Index width, Index height) {
+  if (left < 0 || top < 0 || width < 1 || height < 1 || left > image.width - width ||
+      top > image.height - height)
+    throw std::runtime_error("a part of " + std::to_string(width) + " x " + std::to_string(height) + " at (" +
+                             std::to_string(left) + ", " + std::to_string(top) + ") is not in a picture of " +
+                             std::to_string(image.width) + " x " + std::to_string(image.height));
+  Image result{width, height, {}};
+  for (Index y = top; y < top + height; ++y) {
+    const auto row = image.rgb.begin() + (y * image.width + left) * 3;
+    result.rgb.insert(result.rgb.end(), row, row + width * 3);
+  }
+  return result;
+}
+
+}  // namespace nn
