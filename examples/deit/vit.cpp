@@ -11,6 +11,7 @@
 #include <utility>
 
 #include <linattn/cpu.hpp>
+#include <linattn/weights/vit.hpp>
 
 #include "nn/rows.hpp"
 
@@ -26,22 +27,8 @@ constexpr const char* patch_weight = "patch_embed.proj.weight";
 
 std::string block_name(Index i) { return "blocks." + std::to_string(i) + "."; }
 
-// 1 + the largest number of a block.
-Index count_blocks(const Checkpoint& checkpoint) {
-  constexpr std::string_view prefix = "blocks.";
-  Index count = 0;
-  for (const std::string& name : checkpoint.stored_names()) {
-    if (!name.starts_with(prefix)) continue;
-    Index index = 0;
-    const auto [end, error] = std::from_chars(name.data() + prefix.size(), name.data() + name.size(), index);
-    if (error == std::errc{} && index < static_cast<Index>(checkpoint.files().tensors().size()))
-      count = std::max(count, index + 1);
-  }
-  return count;
-}
-
-// What the checkpoint says of its heads; 0 where it says nothing.
-Index tell_heads(const Checkpoint& checkpoint, Index depth, Index width) {
+// What the checkpoint says of its heads, or else what models of its size have; 0 where nothing tells.
+Index tell_heads(const Checkpoint& checkpoint, const linattn::VitModel& model) {
   const auto said = checkpoint.metadata().find("linattn.heads");
   if (said != checkpoint.metadata().end()) {
     Index heads = 0;
@@ -50,12 +37,11 @@ Index tell_heads(const Checkpoint& checkpoint, Index depth, Index width) {
   }
   for (const char* key : {"num_heads", "num_attention_heads"})
     if (const Index heads = checkpoint.config_value(key, Index{0}); heads != 0) return heads;
-  for (Index i = 0; i < depth; ++i)
+  for (Index i = 0; i < model.depth; ++i)
     if (const std::string w1 = block_name(i) + "attn.w1"; checkpoint.has(w1))
       return checkpoint.get(w1, {1, Checkpoint::any, Checkpoint::any, Checkpoint::any}).extent(1);
-  for (const Index published : {192, 384, 768, 1024})
-    if (width == published) return width / 64;
-  return 0;
+  if (const linattn::detail::KnownSize* known = linattn::detail::vit_size(model)) return known->heads;
+  return model.width % 64 == 0 ? model.width / 64 : 0;
 }
 
 // A weight whose elements are stored as T: itself, or a copy.
@@ -142,30 +128,19 @@ Checkpoint open(const std::filesystem::path& path) {
 }
 
 VitConfig VitConfig::of(const Checkpoint& checkpoint, std::optional<Index> heads) {
-  constexpr Index any = Checkpoint::any;
-  VitConfig config;
-  const std::vector<Index> patches = checkpoint.get(patch_weight, {any, any, any, any}).shape;
-  config.width = patches[0];
-  config.channels = patches[1];
-  config.patch = patches[2];
-  if (patches[3] != patches[2] || config.patch < 1)
-    fail(checkpoint, "patches are " + std::to_string(patches[2]) + " x " + std::to_string(patches[3]) +
-                         " pixels, squares are expected");
-  config.depth = count_blocks(checkpoint);
-  if (config.depth < 1) fail(checkpoint, "no block: there is no tensor 'blocks.0.norm1.weight'");
-  config.mlp_width = checkpoint.matrix("blocks.0.mlp.fc1.weight", any, config.width).extent(0);
-  config.classes = checkpoint.matrix("head.weight", any, config.width).extent(0);
-  config.special = checkpoint.has("cls_token") ? (checkpoint.has("dist_token") ? 2 : 1) : 0;
-
-  const Index rows = checkpoint.get("pos_embed", {1, any, config.width}).extent(1),
-              cells = rows - config.special;
-  config.grid = std::lround(std::sqrt(static_cast<double>(std::max<Index>(cells, 0))));
-  if (cells < 1 || config.grid * config.grid != cells)
-    fail(checkpoint, "tensor '" + checkpoint.full_name("pos_embed") + "': " + std::to_string(rows) +
-                         " positions are not those of " + std::to_string(config.special) +
-                         " special tokens and a square grid");
-
-  config.heads = heads ? *heads : tell_heads(checkpoint, config.depth, config.width);
+  linattn::VitModel model;
+  if (const linattn::FileStatus status = recognise_vit(checkpoint.files(), checkpoint.full_name(""), model);
+      !status.ok())
+    throw std::runtime_error(message(status));
+  VitConfig config{.depth = model.depth,
+                   .width = model.width,
+                   .heads = heads ? *heads : tell_heads(checkpoint, model),
+                   .mlp_width = model.hidden,
+                   .channels = model.channels,
+                   .patch = model.patch,
+                   .grid = model.grid,
+                   .classes = model.classes,
+                   .special = checkpoint.has("cls_token") ? (checkpoint.has("dist_token") ? 2 : 1) : 0};
   if (config.heads == 0)
     fail(checkpoint, "nothing tells the number of heads for a width of " + std::to_string(config.width) +
                          "; say it with --heads, or as num_heads in config.json");

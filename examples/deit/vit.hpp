@@ -30,8 +30,8 @@ struct VitConfig {
   [[nodiscard]] Index head_dim() const { return width / heads; }
 
   // From the shapes of the tensors. They do not tell the heads: `heads` counts first, then "linattn.heads" of the
-  // metadata, "num_heads" or "num_attention_heads" of config.json, converted blocks, and last the published
-  // sizes (64 channels a head). Throws std::runtime_error where nothing tells them, or where shapes disagree.
+  // metadata, "num_heads" or "num_attention_heads" of config.json, converted blocks, the published sizes, and
+  // last 64 channels a head. Throws std::runtime_error where nothing tells them, or where a tensor is missing.
   [[nodiscard]] static VitConfig of(const Checkpoint& checkpoint, std::optional<Index> heads = {});
 };
 

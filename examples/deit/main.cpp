@@ -1,0 +1,259 @@
+// linattn-deit: names what is on pictures with vision transformers, softmax and T5 side by side, and measures them.
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <iostream>
+#include <limits>
+#include <new>
+#include <numeric>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "preprocess.hpp"
+#include "vit.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using deit::Index;
+using deit::Tensor;
+using Clock = std::chrono::steady_clock;
+
+constexpr const char* examples = R"(Examples:
+  linattn-deit deit_tiny_patch16_224/ cat.jpg dog.png
+  linattn-inherit --drop-cls deit_tiny_patch16_224/model.safetensors t5.safetensors
+  linattn-deit deit_tiny_patch16_224/ t5.safetensors cat.jpg --labels imagenet.txt
+  linattn-deit deit_tiny_patch16_224/ t5.safetensors --size 224,384,512 --repeat 10
+Exit code: 0 when all is done, 2 after an error, which stderr states in one sentence.)";
+
+struct Arguments {
+  std::vector<fs::path> files;
+  fs::path labels;
+  std::optional<Index> heads;
+  std::vector<Index> sizes;
+  Index top = 5;
+  int threads = 0, repeat = 5;
+  bool json = false;
+};
+
+struct Model {
+  fs::path path;
+  deit::Preprocessing preprocessing;
+  std::vector<std::string> labels;
+  deit::Vit<float> vit;
+
+  // What the picture is resized to where nobody says.
+  [[nodiscard]] Index own_size() const { return vit.config().grid * vit.config().patch; }
+  [[nodiscard]] std::string attention() const {
+    const Index converted = vit.converted_blocks(), all = vit.config().depth;
+    if (converted == 0) return "softmax";
+    return converted == all ? "T5"
+                            : "T5 in " + std::to_string(converted) + " of " + std::to_string(all) + " blocks";
+  }
+  [[nodiscard]] const std::string& label(std::size_t id) const {
+    static const std::string none;
+    return id < labels.size() ? labels[id] : none;
+  }
+};
+
+struct Guess {
+  std::size_t id = 0;
+  double probability = 0;
+};
+
+// The `top` largest of softmax(logits), largest first; of equal ones the first class.
+std::vector<Guess> best(const Tensor<float>& logits, Index top) {
+  const std::span<const float> values(logits.data(), static_cast<std::size_t>(logits.elements()));
+  std::vector<Guess> guesses(values.size());
+  const double largest = static_cast<double>(*std::max_element(values.begin(), values.end()));
+  double total = 0;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    guesses[i] = {i, std::exp(static_cast<double>(values[i]) - largest)};
+    total += guesses[i].probability;
+  }
+  std::stable_sort(guesses.begin(), guesses.end(),
+                   [](const Guess& a, const Guess& b) { return a.probability > b.probability; });
+  guesses.resize(std::min(guesses.size(), static_cast<std::size_t>(top)));
+  for (Guess& guess : guesses) guess.probability /= total;
+  return guesses;
+}
+
+Model load(const fs::path& path, const Arguments& a) {
+  const deit::Checkpoint checkpoint = deit::open(path);
+  Model model{path, deit::Preprocessing::of(checkpoint),
+              a.labels.empty() ? deit::labels_of(checkpoint) : deit::read_labels(a.labels),
+              deit::Vit<float>(checkpoint, a.heads)};
+  const deit::VitConfig& config = model.vit.config();
+  if (config.channels != 3)
+    throw std::runtime_error(path.string() + ": expects pictures of " + std::to_string(config.channels) +
+                             " channels, not of 3");
+  if (!model.labels.empty() && static_cast<Index>(model.labels.size()) != config.classes) {
+    if (!a.labels.empty())
+      throw std::runtime_error(a.labels.string() + ": holds " + std::to_string(model.labels.size()) +
+                               " labels, but " + path.string() + " has " + std::to_string(config.classes) +
+                               " classes");
+    model.labels.clear();
+  }
+  return model;
+}
+
+// A conversion in a file of its own has no config.json beside it: it takes the names of another model with as many
+// classes.
+void share_labels(std::vector<Model>& models) {
+  for (Model& model : models)
+    for (const Model& other : models)
+      if (model.labels.empty() && other.vit.config().classes == model.vit.config().classes)
+        model.labels = other.labels;
+}
+
+double milliseconds(const deit::Vit<float>& vit, deit::Runtime& rt, const Tensor<float>& picture,
+                    Tensor<float>* logits = nullptr) {
+  const auto start = Clock::now();
+  Tensor<float> result = vit.forward(rt, picture.view<4>());
+  const double time = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+  if (logits != nullptr) *logits = std::move(result);
+  return time;
+}
+
+nlohmann::ordered_json classify(const std::vector<Model>& models, const fs::path& path, deit::Runtime& rt,
+                                const Arguments& a) {
+  const deit::Image image = deit::read_image(path);
+  nlohmann::ordered_json results = nlohmann::ordered_json::array();
+  if (!a.json) std::printf("%s\n", path.c_str());
+  for (const Model& model : models) {
+    const Tensor<float> picture =
+        deit::preprocess(image, model.own_size(), model.own_size(), model.preprocessing);
+    Tensor<float> logits;
+    const double time = milliseconds(model.vit, rt, picture, &logits);
+    nlohmann::ordered_json top = nlohmann::ordered_json::array();
+    if (!a.json) std::printf("  %s (%s), %.1f ms\n", model.path.c_str(), model.attention().c_str(), time);
+    for (const Guess& guess : best(logits, a.top)) {
+      const std::string& label = model.label(guess.id);
+      nlohmann::ordered_json entry{{"class", guess.id}, {"probability", guess.probability}};
+      if (!label.empty()) entry["label"] = label;
+      top.push_back(std::move(entry));
+      if (!a.json) std::printf("    %5.1f %%  %4zu  %s\n", 100 * guess.probability, guess.id, label.c_str());
+    }
+    results.push_back({{"model", model.path.string()},
+                       {"attention", model.attention()},
+                       {"milliseconds", time},
+                       {"top", std::move(top)}});
+  }
+  return {{"picture", path.string()}, {"results", std::move(results)}};
+}
+
+// One picture of `size` x `size`: the models take turns and the best time counts, so that another program on the
+// machine disturbs little. What is on the picture does not matter for the time.
+nlohmann::ordered_json measure(const std::vector<Model>& models, Index size, deit::Runtime& rt,
+                               const Arguments& a) {
+  std::vector<double> times(models.size(), std::numeric_limits<double>::infinity());
+  const Tensor<float> picture = Tensor<float>::zeros({1, 3, size, size});
+  for (int i = 0; i < a.repeat; ++i)
+    for (std::size_t m = 0; m < models.size(); ++m)
+      times[m] = std::min(times[m], milliseconds(models[m].vit, rt, picture));
+  nlohmann::ordered_json results = nlohmann::ordered_json::array();
+  const Index side = size / models[0].vit.config().patch;
+  if (!a.json) std::printf("%6td %7td", size, side * side);
+  for (std::size_t m = 0; m < models.size(); ++m) {
+    results.push_back({{"model", models[m].path.string()},
+                       {"attention", models[m].attention()},
+                       {"milliseconds", times[m]}});
+    if (!a.json) std::printf(" %12.1f", times[m]);
+  }
+  if (!a.json && models.size() == 2) std::printf(" %8.2f", times[0] / times[1]);
+  if (!a.json) std::printf("\n");
+  return {{"size", size}, {"tokens", side * side}, {"results", std::move(results)}};
+}
+
+// A model is a folder, a safetensors file or an index of shards; all else is a picture.
+bool is_model(const fs::path& path) {
+  std::error_code ignored;
+  return fs::is_directory(path, ignored) || path.extension() == ".safetensors" || path.extension() == ".json";
+}
+
+int run(const Arguments& a) {
+  std::vector<Model> models;
+  std::vector<fs::path> pictures;
+  for (const fs::path& path : a.files) {
+    if (is_model(path))
+      models.push_back(load(path, a));
+    else
+      pictures.push_back(path);
+  }
+  if (models.empty())
+    throw std::runtime_error("no model is given: a folder, or a file that ends in .safetensors");
+  if (pictures.empty() && a.sizes.empty()) throw std::runtime_error("neither a picture nor --size is given");
+  for (const Model& model : models)
+    for (const Index size : a.sizes)
+      if (size < 1 || size % model.vit.config().patch != 0)
+        throw std::runtime_error("--size " + std::to_string(size) + ": " + model.path.string() +
+                                 " takes multiples of " + std::to_string(model.vit.config().patch) +
+                                 " pixels");
+  share_labels(models);
+
+  deit::Runtime rt(a.threads);
+  nlohmann::ordered_json report{{"threads", rt.workers()},
+                                {"pictures", nlohmann::ordered_json::array()},
+                                {"sizes", nlohmann::ordered_json::array()}};
+  for (const fs::path& picture : pictures) report["pictures"].push_back(classify(models, picture, rt, a));
+  if (!a.sizes.empty() && !a.json) {
+    std::printf("best of %d, ms a picture, %td threads\n%6s %7s", a.repeat, rt.workers(), "size", "tokens");
+    for (const Model& model : models) std::printf(" %12s", model.attention().c_str());
+    std::printf("%s\n", models.size() == 2 ? "    ratio" : "");
+  }
+  for (const Index size : a.sizes) report["sizes"].push_back(measure(models, size, rt, a));
+  if (a.json) std::cout << report.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << std::endl;
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+  CLI::App app(
+      "Classifies pictures with vision transformers (ViT, DeiT under timm's names; safetensors), softmax or\n"
+      "converted to T5, side by side. A model is a folder or a .safetensors file, all else a PNG or a JPEG.",
+      "linattn-deit");
+  Arguments a;
+  app.add_option("files", a.files, "models and pictures")->required();
+  app.add_option("--labels", a.labels,
+                 "names of the classes: a line each, or JSON (default: those of the model's config.json)");
+  app.add_option("--top", a.top, "how many classes to print")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--heads", a.heads, "of every attention, where the model does not tell")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--size", a.sizes, "measure pictures of these sizes, positions interpolated: 224,384,512")
+      ->delimiter(',');
+  app.add_option("--repeat", a.repeat, "runs of each measurement; the best counts")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("-t,--threads", a.threads, "0: all cores; the result is the same with any number")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  app.add_flag("--json", a.json, "print the results as JSON on stdout");
+  app.footer(examples);
+  try {
+    app.parse(count, values);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  try {
+    return run(a);
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "linattn-deit: out of memory\n");
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "linattn-deit: %s\n", error.what());
+    return 2;
+  }
+}
