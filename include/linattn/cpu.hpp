@@ -14,5 +14,6 @@
 #include <linattn/ops/neighborhood_attention_cpu.hpp>
 #include <linattn/ops/rms_norm_cpu.hpp>
 #include <linattn/ops/softmax_attention_cpu.hpp>
+#include <linattn/ops/ttt_conv_cpu.hpp>
 #include <linattn/ops/ttt_cpu.hpp>
 #include <linattn/version.hpp>

@@ -85,6 +85,28 @@ void conv_strip_rows(const T* x, Index x_step, T* out, Index out_step, const Tok
   }
 }
 
+// The convolution of all tokens of the grid; lay_out(b, h, begin, count, taps) says kernel and bias of a block of
+// channels, [10][conv_block].
+template <class C, class P, class T, class LayOut>
+void conv_grid(const P& parallel, const TensorView<const T, 4>& x, const TensorView<T, 4>& out,
+               const TokenGrid& grid, bool residual, const LayOut& lay_out) {
+  // Bands of 32 rows: the two rows beside a band and the layout of the kernel are then small change.
+  constexpr Index band = 32;
+  const Index heads = x.extent(2), head_dim = x.extent(3);
+  const Index bands = (grid.height + band - 1) / band, blocks = (head_dim + conv_block - 1) / conv_block;
+  parallel.run(x.extent(0) * bands * heads * blocks, [&](Index task, Index) {
+    const Index begin = task % blocks * conv_block, h = task / blocks % heads;
+    const Index first_row = task / blocks / heads % bands * band, b = task / blocks / heads / bands;
+    const Index channels = std::min(conv_block, head_dim - begin);
+    C taps[10 * conv_block] = {};
+    lay_out(b, h, begin, channels, taps);
+    for (Index first = 0; first < grid.width; first += conv_strip)
+      conv_strip_rows(x.pointer(b, grid.offset, h, begin), x.stride(1), out.pointer(b, grid.offset, h, begin),
+                      out.stride(1), grid, first_row, std::min(band, grid.height - first_row), first, taps,
+                      channels, residual);
+  });
+}
+
 }  // namespace detail
 
 // y = x + conv3x3(x; weight) + bias on the tokens of the grid, y = x elsewhere. See depthwise_conv.hpp.
@@ -102,23 +124,10 @@ template <ParallelPolicy P, Storage T, class W, class B>
   const Index batch = from.extent(0), tokens = from.extent(1), heads = from.extent(2),
               head_dim = from.extent(3);
   const TokenGrid& grid = options.grid;
-
-  // Bands of 32 rows: the two rows beside a band and the layout of the kernel are then small change.
-  constexpr Index band = 32;
-  const Index bands = (grid.height + band - 1) / band,
-              blocks = (head_dim + detail::conv_block - 1) / detail::conv_block;
-  ctx.parallel.run(batch * bands * heads * blocks, [&](Index task, Index) {
-    const Index begin = task % blocks * detail::conv_block, h = task / blocks % heads;
-    const Index first_row = task / blocks / heads % bands * band, b = task / blocks / heads / bands;
-    const Index channels = std::min(detail::conv_block, head_dim - begin);
-    C taps[10 * detail::conv_block] = {};
-    detail::lay_out_taps(weight, bias, h * head_dim + begin, channels, taps);
-    for (Index first = 0; first < grid.width; first += detail::conv_strip)
-      detail::conv_strip_rows(from.pointer(b, grid.offset, h, begin), from.stride(1),
-                              to.pointer(b, grid.offset, h, begin), to.stride(1), grid, first_row,
-                              std::min(band, grid.height - first_row), first, taps, channels,
-                              options.residual);
-  });
+  detail::conv_grid<C>(ctx.parallel, from, to, grid, options.residual,
+                       [&](Index, Index h, Index begin, Index channels, C* taps) {
+                         detail::lay_out_taps(weight, bias, h * head_dim + begin, channels, taps);
+                       });
 
   const Index outside = tokens - grid.tokens();
   ctx.parallel.run(batch * outside, [&](Index task, Index) {
