@@ -443,8 +443,8 @@ TEST_CASE("vit: the names of training checkpoints") {
     return after.tensors().size() == vit_tensors(tiny).size() + 3 * 7;
   };
   SUBCASE("one set") {
-    for (const char* prefix :
-         {"module.", "model.", "state_dict.", "model.module.", "ema.", "model_ema.", "model_ema.module."}) {
+    for (const char* prefix : {"module.", "model.", "state_dict.", "model.module.", "ema.", "model_ema.",
+                               "model_ema.module.", "state_dict_ema."}) {
       CAPTURE(prefix);
       const bool ema = contains(prefix, "ema");
       timm(tiny, 1, prefix).write(in);

@@ -77,6 +77,12 @@ inline constexpr std::string_view dit_anchor = "x_embedder.proj.weight";
   return specs;
 }
 
+// The heads of the published models of this size, which no shape tells.
+[[nodiscard]] inline std::optional<Index> dit_heads(const DitModel& model) {
+  const detail::KnownSize* size = detail::dit_size(model);
+  return size != nullptr ? std::optional(size->heads) : std::nullopt;
+}
+
 [[nodiscard]] inline bool holds_dit(const Safetensors& file) {
   return detail::holds_blocks(file, detail::dit_anchor);
 }
@@ -117,8 +123,8 @@ inline constexpr std::string_view dit_anchor = "x_embedder.proj.weight";
                    .depth = model.depth,
                    .module = dit5_module,
                    .options = {"heads", "weights"}};
-  if (FileStatus status = detail::choose_heads(file, model.width, options.heads, config_heads,
-                                               detail::dit_size(model), rules);
+  if (FileStatus status =
+          detail::choose_heads(file, model.width, options.heads, config_heads, dit_heads(model), rules);
       !status.ok())
     return status;
   detail::add_block_attentions(rules);

@@ -21,11 +21,14 @@ enum class WeightSet : std::uint8_t { raw, ema };
 
 // What a family may want to be told beyond the file. What a family does not have must not be asked of it.
 struct FamilyOptions {
-  std::optional<Index> heads = std::nullopt;    // of every attention, where the file does not tell
-  std::optional<Index> classes = std::nullopt;  // a head of another size is dropped, and new
-  std::optional<WeightSet> weights =
-      std::nullopt;       // of a file with both; default: raw, as the paper's loaders
-  bool drop_cls = false;  // positions of class and distillation tokens are left out
+  // Of every attention, where the file does not tell.
+  std::optional<Index> heads = std::nullopt;
+  // A head of another size is dropped, and new.
+  std::optional<Index> classes = std::nullopt;
+  // Of a file with both sets. Default: raw, as the loaders of the paper's code.
+  std::optional<WeightSet> weights = std::nullopt;
+  // The positions of class and distillation token are left out.
+  bool drop_cls = false;
 };
 
 // How the values of a new tensor come about.
@@ -71,6 +74,7 @@ struct DropRule {
   }
 };
 
+// All that a plan needs to know of a model.
 struct ModelRules {
   std::string label{}, layout{};     // "SD3.5 Medium", "official"
   std::vector<std::string> notes{};  // choices that the report must not keep to itself
@@ -85,9 +89,10 @@ struct ModelRules {
   std::vector<DropRule> dropped{};
   std::vector<std::string_view> options{};  // the FamilyOptions that mean something here
 
-  std::string own{};  // begins the name of each of the model's tensors in the source
-  std::vector<std::string>
-      beside{};  // begin the names of other parts of the file, which are kept as they are
+  // What the names of the model's tensors begin with in the source, and those of other parts of the file, which
+  // are kept as they are.
+  std::string own{};
+  std::vector<std::string> beside{};
 };
 
 // The FamilyOptions that were given.

@@ -1,7 +1,6 @@
 // What the families share in recognising a checkpoint: sizes from shapes, block numbers, sets of weights, heads.
 #pragma once
 
-#include <array>
 #include <charconv>
 #include <cstddef>
 #include <optional>
@@ -113,7 +112,7 @@ struct WeightPrefixes {
     if (dot == std::string_view::npos) return std::nullopt;
     const std::string_view part = prefix.substr(0, dot);
     prefix.remove_prefix(dot + 1);
-    if (part == "ema" || part == "model_ema")
+    if (part == "ema" || part == "model_ema" || part == "state_dict_ema")
       set = WeightSet::ema;
     else if (part != "module" && part != "model" && part != "state_dict" && part != "model_state_dict")
       return std::nullopt;
@@ -194,7 +193,7 @@ inline void apply_weights(const WeightPrefixes& weights, ModelRules& rules) {
 // Heads are no shape of a softmax attention: what is asked for, else what config.json says, else the known size,
 // else heads of 64 channels.
 [[nodiscard]] inline FileStatus choose_heads(const Safetensors& file, Index width, std::optional<Index> asked,
-                                             std::optional<Index> config, const KnownSize* known,
+                                             std::optional<Index> config, std::optional<Index> known,
                                              ModelRules& rules) {
   const auto choose = [&](Index heads, const char* from) {
     rules.heads = heads;
@@ -206,7 +205,7 @@ inline void apply_weights(const WeightPrefixes& weights, ModelRules& rules) {
   else if (config)
     choose(*config, "as config.json says");
   else if (known)
-    choose(known->heads, "as models of this size have");
+    choose(*known, "as models of this size have");
   else if (width % 64 == 0)
     choose(width / 64, "a guess: 64 channels each");
   else

@@ -93,6 +93,12 @@ inline constexpr std::string_view vit_anchor = "patch_embed.proj.weight";
   return specs;
 }
 
+// The heads of the published models of this size, which no shape tells.
+[[nodiscard]] inline std::optional<Index> vit_heads(const VitModel& model) {
+  const detail::KnownSize* size = detail::vit_size(model);
+  return size != nullptr ? std::optional(size->heads) : std::nullopt;
+}
+
 [[nodiscard]] inline bool holds_vit(const Safetensors& file) {
   return detail::holds_blocks(file, detail::vit_anchor);
 }
@@ -141,8 +147,8 @@ inline constexpr std::string_view vit_anchor = "patch_embed.proj.weight";
                    .layout = "timm",
                    .depth = model.depth,
                    .options = {"heads", "classes", "weights", "drop-cls"}};
-  if (FileStatus status = detail::choose_heads(file, model.width, options.heads, config_heads,
-                                               detail::vit_size(model), rules);
+  if (FileStatus status =
+          detail::choose_heads(file, model.width, options.heads, config_heads, vit_heads(model), rules);
       !status.ok())
     return status;
   detail::add_block_attentions(rules);
