@@ -40,8 +40,7 @@ Index tell_heads(const Checkpoint& checkpoint, const linattn::VitModel& model) {
   for (Index i = 0; i < model.depth; ++i)
     if (const std::string w1 = block_name(i) + "attn.w1"; checkpoint.has(w1))
       return checkpoint.get(w1, {1, Checkpoint::any, Checkpoint::any, Checkpoint::any}).extent(1);
-  if (const linattn::detail::KnownSize* known = linattn::detail::vit_size(model)) return known->heads;
-  return model.width % 64 == 0 ? model.width / 64 : 0;
+  return linattn::vit_heads(model).value_or(model.width % 64 == 0 ? model.width / 64 : 0);
 }
 
 // A weight whose elements are stored as T: itself, or a copy.

@@ -123,8 +123,8 @@ void check_model(const Size& size, Dtype dtype, const reference::VitSettings& in
   reference::VitSettings settings = inner;
   settings.heads = size.heads;
   settings.patch = size.patch;
-  for (const auto& [rows, columns] :
-       {std::pair<Index, Index>{size.grid, size.grid}, {5, 2}, {1, 1}, {2, 7}}) {
+  for (const auto& cells : {std::pair<Index, Index>{size.grid, size.grid}, {5, 2}, {1, 1}, {2, 7}}) {
+    const Index rows = cells.first, columns = cells.second;
     CAPTURE(rows);
     const Array pictures = random_pictures(2, size.channels, rows * size.patch, columns * size.patch);
     const reference::VitResult expected = reference::vit(parameters, pictures, settings);
@@ -384,16 +384,15 @@ TEST_CASE("preprocessing: ImageNet's, or what timm's config says") {
   CHECK(said.crop == 0.9);
   CHECK(said.mean == std::array{0.5, 0.25, 0.125});
   CHECK(said.deviation == std::array{0.5, 0.5, 1.0});
-  for (const auto& [config, word] :
-       {std::pair<const char*, const char*>{R"({"pretrained_cfg": 1})", "pretrained_cfg"},
-        {R"({"pretrained_cfg": {"crop_pct": 0}})", "crop_pct"},
-        {R"({"pretrained_cfg": {"crop_pct": 1.5}})", "crop_pct"},
-        {R"({"pretrained_cfg": {"mean": [1, 2]}})", "mean"},
-        {R"({"pretrained_cfg": {"mean": ["a", 1, 2]}})", "mean"},
-        {R"({"pretrained_cfg": {"std": [1, 0, 1]}})", "std"},
-        {R"({"pretrained_cfg": {"interpolation": "bilinear"}})", "bilinear"}}) {
-    CAPTURE(config);
-    CHECK(has(error_of([&, text = config] { (void)read(text); }), word));
+  for (const auto& wrong : {std::pair<const char*, const char*>{R"({"pretrained_cfg": 1})", "pretrained_cfg"},
+                            {R"({"pretrained_cfg": {"crop_pct": 0}})", "crop_pct"},
+                            {R"({"pretrained_cfg": {"crop_pct": 1.5}})", "crop_pct"},
+                            {R"({"pretrained_cfg": {"mean": [1, 2]}})", "mean"},
+                            {R"({"pretrained_cfg": {"mean": ["a", 1, 2]}})", "mean"},
+                            {R"({"pretrained_cfg": {"std": [1, 0, 1]}})", "std"},
+                            {R"({"pretrained_cfg": {"interpolation": "bilinear"}})", "bilinear"}}) {
+    CAPTURE(wrong.first);
+    CHECK(has(error_of([&] { (void)read(wrong.first); }), wrong.second));
   }
 
   deit::Image image{3, 2, std::vector<std::uint8_t>(18)};  // all red

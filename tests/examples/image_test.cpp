@@ -90,7 +90,7 @@ TEST_CASE("what is no picture is refused in one sentence") {
   refuses("GIF89a and more", "neither");
   refuses(png.substr(0, 8), "");
   refuses(png.substr(0, png.size() / 2), "");
-  for (const std::size_t size : {4, 100, 700, 1500}) refuses(jpeg.substr(0, size), "cannot decode");
+  for (const std::size_t size : {4u, 100u, 700u, 1500u}) refuses(jpeg.substr(0, size), "cannot decode");
   refuses(jpeg.substr(0, jpeg.size() - 2), "cannot decode");  // the end marker alone
   const std::size_t frame = jpeg.find("\xff\xc0");
   REQUIRE(frame != std::string::npos);
@@ -133,7 +133,8 @@ TEST_CASE("damaged JPEGs end in an exception or in a picture, never otherwise") 
 
 TEST_CASE("resizing gives PIL's bytes") {
   const Image image = nn::read_png(data / "picture.png");
-  for (const auto& [width, height] : {std::pair<Index, Index>{37, 29}, {90, 71}, {8, 48}, {64, 20}}) {
+  for (const auto& size : {std::pair<Index, Index>{37, 29}, {90, 71}, {8, 48}, {64, 20}}) {
+    const Index width = size.first, height = size.second;
     CAPTURE(width);
     const std::string name = "resized_" + std::to_string(width) + "x" + std::to_string(height) + ".png";
     CHECK(nn::resize(image, width, height) == nn::read_png(data / name));
