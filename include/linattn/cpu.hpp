@@ -9,6 +9,7 @@
 #include <linattn/layers/mixed_attention.hpp>
 #include <linattn/layers/softmax_attention.hpp>
 #include <linattn/layers/ttt_attention.hpp>
+#include <linattn/layers/vittt_attention.hpp>
 #include <linattn/ops/depthwise_conv_cpu.hpp>
 #include <linattn/ops/elementwise_cpu.hpp>
 #include <linattn/ops/instance_norm_cpu.hpp>

@@ -98,11 +98,12 @@ constexpr double unmixed = sizeof(T) == 2 ? 4.0 * unit_roundoff<T> : tolerance<T
 
 template <class T, class W, class F>
 void check_types(bool conv) {
-  for (const auto& [s, kernel] : cases) {
+  for (const Case& one : cases) {
+    const Shape& s = one.shape;
     CAPTURE(s.tokens);
     const Weights<W> weights(s, s.in, s.in, 1);
     const Mixed<F> mixed(s, 2, conv);
-    MixedLayerOptions options = options_of(s, kernel);
+    MixedLayerOptions options = options_of(s, one.kernel);
     options.inner_lr = 0.7;
     options.mix = conv ? 0.5 : 0.3;
     Data<T> data(s);
