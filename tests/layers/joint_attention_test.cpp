@@ -22,7 +22,9 @@ struct SoftmaxForm {
   static reference::Attention attention(const Shape& s, const Inner<double>&) { return softmax_reference(s); }
 };
 
-struct TttForm {
+template <class Model, class Loss, class Step, reference::InnerModel model, reference::InnerLoss loss,
+          reference::InnerStep step>
+struct AnyTttForm {
   static TttLayerOptions options(const Shape& s) {
     TttLayerOptions result;
     result.heads = s.heads;
@@ -37,14 +39,19 @@ struct TttForm {
     const auto w = inner.views(xw);
     const TensorView<T, 3> x = data.x, context = data.context, x_out = data.x_out;
     if (bytes != nullptr)
-      *bytes = joint_ttt_attention_workspace(query, x, context, w, cw, x_out, context_out, options(s));
-    return joint_ttt_attention(query.with(workspace), x, context, w, cw, x_out, context_out, options(s));
+      *bytes = joint_ttt_attention_workspace<Model, Loss, Step>(query, x, context, w, cw, x_out, context_out,
+                                                                options(s));
+    return joint_ttt_attention<Model, Loss, Step>(query.with(workspace), x, context, w, cw, x_out,
+                                                  context_out, options(s));
   }
   static reference::Attention attention(const Shape& s, const Inner<double>& inner) {
-    return ttt_reference(s, inner, reference::InnerModel::swiglu, reference::InnerLoss::inner_product,
-                         options(s));
+    return ttt_reference(s, inner, model, loss, options(s), step);
   }
 };
+using TttForm = AnyTttForm<SwiGlu, InnerProduct, Plain, reference::InnerModel::swiglu,
+                           reference::InnerLoss::inner_product, reference::InnerStep::plain>;
+using ClippedMlp3Form = AnyTttForm<Mlp3, SquaredError, ColumnClip, reference::InnerModel::mlp3,
+                                   reference::InnerLoss::squared_error, reference::InnerStep::column_clip>;
 
 template <class Form, class T, class W, class F, class P = Serial>
 Status run(const Shape& s, const Weights<W>& xw, const Weights<W>& cw, const Inner<F>& inner, Data<T>& data,
@@ -125,6 +132,7 @@ TEST_CASE("joint TTT is its composition in double") {
   check_types<TttForm, float, bfloat16, float>();
   check_types<TttForm, double, half, double>();
   check_types<TttForm, half, half, half>();
+  check_types<ClippedMlp3Form, float, float, float>();
 }
 
 TEST_CASE_TEMPLATE("the image's output does not depend on whether the text has one", Form, SoftmaxForm,

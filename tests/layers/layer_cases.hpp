@@ -112,8 +112,9 @@ inline reference::Attention softmax_reference(const Shape& s) {
 // The T5 layer's attention from the unfused pieces; the grid lies behind the text.
 inline reference::Attention ttt_reference(const Shape& s, const Inner<double>& inner,
                                           reference::InnerModel model, reference::InnerLoss loss,
-                                          const TttLayerOptions& options) {
-  return [&, s, model, loss, options](const auto& q, const auto& k, const auto& v, const auto& out) {
+                                          const TttLayerOptions& options,
+                                          reference::InnerStep step = reference::InnerStep::plain) {
+  return [&, s, model, loss, options, step](const auto& q, const auto& k, const auto& v, const auto& out) {
     reference::Tokens norm(k.extents), keys(k.extents), queries(k.extents);
     support::copy(k, norm.view());
     if (options.key_norm) reference::instance_norm(k, norm.view(), options.key_norm_eps, true);
@@ -138,7 +139,7 @@ inline reference::Attention ttt_reference(const Shape& s, const Inner<double>& i
                     {s.batch, s.heads, s.head_dim, s.head_dim}};
     }
     const double scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.head_dim)));
-    reference::ttt_update(model, loss, keys.view(), v, w, scale, options.inner_lr, updated);
+    reference::ttt_update(model, loss, keys.view(), v, w, scale, options.inner_lr, updated, step);
     reference::ttt_apply(model, queries.view(), {updated[0], updated[1], updated[2]}, out);
   };
 }

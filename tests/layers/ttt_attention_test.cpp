@@ -14,15 +14,15 @@ TttLayerOptions options_of(const Shape& s) {
   return options;
 }
 
-template <class Model, class Loss, class T, class W, class F, class P = Serial>
+template <class Model, class Loss, class Step = Plain, class T, class W, class F, class P = Serial>
 Status run(const Weights<W>& weights, const Inner<F>& inner, const TttLayerOptions& options, Data<T>& data,
            const P& policy = {}) {
   const TttAttentionWeights<W, F> views = inner.views(weights.views());
   const Cpu<P> query{Workspace{}, policy};
-  Scratch scratch(
-      ttt_attention_layer_workspace<Model, Loss>(query, data.x.view(), views, data.x_out.view(), options));
-  const Status status = ttt_attention_layer<Model, Loss>(query.with(scratch.workspace()), data.x.view(),
-                                                         views, data.x_out.view(), options);
+  Scratch scratch(ttt_attention_layer_workspace<Model, Loss, Step>(query, data.x.view(), views,
+                                                                   data.x_out.view(), options));
+  const Status status = ttt_attention_layer<Model, Loss, Step>(query.with(scratch.workspace()), data.x.view(),
+                                                               views, data.x_out.view(), options);
   CHECK(scratch.intact());
   CHECK(data.x_out.intact());
   return status;
@@ -35,8 +35,9 @@ const std::vector<Shape> shapes = {
     {.batch = 2, .tokens = 72, .in = 48, .heads = 1, .head_dim = 64, .project = false, .grid = {4, 8, 8}},
 };
 
-template <class Model, class Loss, class T, class W, class F>
-void check_types(reference::InnerModel model, reference::InnerLoss loss, bool conv) {
+template <class Model, class Loss, class T, class W, class F, class Step = Plain>
+void check_types(reference::InnerModel model, reference::InnerLoss loss, bool conv,
+                 reference::InnerStep step = reference::InnerStep::plain) {
   for (const Shape& s : shapes) {
     CAPTURE(s.tokens);
     const Weights<W> weights(s, s.in, s.in, 1);
@@ -44,12 +45,12 @@ void check_types(reference::InnerModel model, reference::InnerLoss loss, bool co
     TttLayerOptions options = options_of(s);
     options.inner_lr = 0.7;
     Data<T> data(s);
-    check_ok(run<Model, Loss>(weights, inner, options, data));
+    check_ok(run<Model, Loss, Step>(weights, inner, options, data));
     const Weights<double> exact(Widened{}, weights);
     const Inner<double> exact_inner(Widened{}, inner);
     Buffer<double, 3> expected(data.x_out.view().extents);
     reference::attention_layer(to_double(data.x).view(), {}, exact.views(), {}, s.heads, 1e-6,
-                               ttt_reference(s, exact_inner, model, loss, options), expected, {});
+                               ttt_reference(s, exact_inner, model, loss, options, step), expected, {});
     check_relative(data.x_out, expected, s.project ? tolerance<T> : unprojected<T>);
   }
 }
@@ -68,6 +69,13 @@ TEST_CASE("the T5 layer is its composition in double: Mlp, with and without conv
   check_types<Mlp, InnerProduct, float, bfloat16, bfloat16>(mlp, product, false);
   check_types<Mlp, SquaredError, float, float, float>(mlp, squared, true);
   check_types<Mlp, InnerProduct, double, half, double>(mlp, product, false);
+}
+TEST_CASE("the T5 layer is its composition in double: other models and the column clip") {
+  check_types<Glu, InnerProduct, float, float, float, ColumnClip>(reference::InnerModel::glu, product, false,
+                                                                  reference::InnerStep::column_clip);
+  check_types<Mlp3, InnerProduct, float, half, float>(reference::InnerModel::mlp3, product, true);
+  check_types<Mlp3, SquaredError, double, double, double, ColumnClip>(
+      reference::InnerModel::mlp3, squared, true, reference::InnerStep::column_clip);
 }
 TEST_CASE("the T5 layer is its composition in double: 16-bit activations") {
   check_types<SwiGlu, InnerProduct, half, half, half>(swiglu, product, true);
