@@ -138,10 +138,15 @@ void softmax(const Shape& s, Parallel parallel) {
   });
 }
 
-// 6 d^2 a token and head for each of SwiGlu's matrices (forward, gradient of the hidden state or the weight,
-// apply): SwiGlu 18 d^2, Mlp 12 d^2, Linear 4 d^2. The prologue's statistics and convolutions are not
-// counted.
-template <class Model, class T, class Parallel>
+// Products of 2 N d^2 a head, with the inner product, which needs no prediction; the prologue's statistics and
+// convolutions are not counted.
+//            forward  backward  gradients  answers
+//   Linear                          1         1
+//   Glu         2                   2         2
+//   Mlp         1        1          2         2
+//   SwiGlu      2        1          3         3
+//   Mlp3        2        2          3         3
+template <class Model, class T, class Step = linattn::Plain, class Parallel>
 void ttt(const char* variant, double flops_per_weight, const Shape& s, Parallel parallel,
          Index grid_height = 0) {
   add(name("ttt", variant, dtype_name<T>, parallel.workers(), s), [=](benchmark::State& state) {
@@ -170,9 +175,12 @@ void ttt(const char* variant, double flops_per_weight, const Shape& s, Parallel 
         state, parallel, flops_per_weight * rows * static_cast<double>(d * d),
         static_cast<double>(s.batch * s.tokens),
         [&](const auto& context) {
-          return linattn::ttt_workspace<Model>(context, q, k, v, weights, a.out, options);
+          return linattn::ttt_workspace<Model, linattn::InnerProduct, Step>(context, q, k, v, weights, a.out,
+                                                                            options);
         },
-        [&](const auto& context) { return linattn::ttt<Model>(context, q, k, v, weights, a.out, options); });
+        [&](const auto& context) {
+          return linattn::ttt<Model, linattn::InnerProduct, Step>(context, q, k, v, weights, a.out, options);
+        });
   });
 }
 
@@ -297,6 +305,9 @@ int main(int argc, char** argv) {
     ttt<linattn::SwiGlu, float>("swiglu+norm+conv", 18, s, Serial{}, side);
     ttt<linattn::SwiGlu, float>("swiglu", 18, s, Serial{});
     ttt<linattn::Mlp, float>("mlp", 12, s, Serial{});
+    ttt<linattn::Mlp3, float>("mlp3", 20, s, Serial{});
+    ttt<linattn::Glu, float>("glu", 12, s, Serial{});
+    ttt<linattn::Glu, float, linattn::ColumnClip>("glu+clip", 12, s, Serial{});
     ttt<linattn::Linear, float>("linear", 4, s, Serial{});
     ttt<linattn::SwiGlu, half>("swiglu", 18, s, Serial{});
     ttt<linattn::SwiGlu, bfloat16>("swiglu", 18, s, Serial{});
