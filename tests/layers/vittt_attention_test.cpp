@@ -187,9 +187,10 @@ TEST_CASE("the ViT3 layer names what does not fit") {
   CHECK(what([](auto& w, auto&, auto&, auto&) { w.out.weight.extents[1] = 8; }) == "out weight, in");
   CHECK(what([](auto& w, auto&, auto&, auto&) { w.out.bias.data = nullptr; }) == "out bias");
   CHECK(what([](auto& w, auto&, auto&, auto&) { w.out = {}; }) == "out, channels (no out projection)");
-  CHECK(what([](auto& w, auto&, auto&, auto&) { w.w1.extents[0] = 3; }) ==
-        "w2, heads");  // Glu's second matrix
-  CHECK(what([](auto& w, auto&, auto&, auto&) { w.w3.extents[0] = 8; }) == "weight, channels");
+  CHECK(what([](auto& w, auto&, auto&, auto&) { w.w1.extents[0] = 3; }) == "w1, heads");
+  CHECK(what([](auto& w, auto&, auto&, auto&) { w.w2.extents[2] = 3; }) == "w2, columns");
+  CHECK(what([](auto& w, auto&, auto&, auto&) { w.w3.extents[0] = 8; }) == "w3, channels");
+  CHECK(what([](auto& w, auto&, auto&, auto&) { w.w3.data = nullptr; }) == "w3");
   CHECK(what([](auto&, auto& o, auto&, auto&) {
           o.grid = {0, 2, 2};
         }) == "grid, tokens (all are on the grid)");
