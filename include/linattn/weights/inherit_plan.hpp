@@ -337,7 +337,7 @@ using InitModules = std::map<std::string, std::pair<std::string, ModuleConversio
   return {};
 }
 
-// What a replaced attention becomes: what the options ask for, or what the init file has.
+// What a replaced attention becomes without an init file.
 [[nodiscard]] inline FileStatus choose_module(const Checkpoint& checkpoint, const InheritOptions& options,
                                               const ModelRules& model, ModuleConversion& out) {
   out = model.module;
@@ -349,7 +349,9 @@ using InitModules = std::map<std::string, std::pair<std::string, ModuleConversio
                       {}, Code::option);
   return {};
 }
-[[nodiscard]] inline FileStatus choose_module(const Safetensors& init_file, const InheritOptions& options,
+
+// Whether what an init file says of a module is what the options ask for and the family can be.
+[[nodiscard]] inline FileStatus accept_module(const Safetensors& init_file, const InheritOptions& options,
                                               const ModelRules& model, const std::string& stem,
                                               const ModuleConversion& module) {
   const auto refuse = [&](const std::string& why) {
@@ -413,7 +415,7 @@ inline void initialise(Initialiser initialiser, std::uint64_t seed, std::string_
     if (found == init.end())
       return file_error(options.init_file->path(), "is missing", which.stem + ".w1", Code::option);
     std::tie(init_stem, module) = found->second;
-    if (FileStatus status = choose_module(*options.init_file, options, plan.model, init_stem, module);
+    if (FileStatus status = accept_module(*options.init_file, options, plan.model, init_stem, module);
         !status.ok())
       return status;
   } else if (FileStatus status = choose_module(checkpoint, options, plan.model, module); !status.ok()) {
