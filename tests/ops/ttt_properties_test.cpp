@@ -85,6 +85,16 @@ TEST_CASE_TEMPLATE("the column clip keeps the direction of each column, and its 
   }
 }
 
+TEST_CASE("a column whose squares overflow stays as it was") {
+  Problem<Clipped<GluIp>, float> problem({.keys = 40, .head_dim = 20});
+  fill_normal(problem.v.view(), 5, 1e25);
+  const auto fast = problem.update();
+  for (std::size_t m = 0; m < 2; ++m)
+    for_each_index(problem.w[m].view().extents, [&](const auto& at) {
+      CHECK(fast.w[m].view()(0, at[0], at[1], at[2]) == element(problem.w[m].view(), at));
+    });
+}
+
 TEST_CASE("Glu learns what SwiGlu learns whose last matrix is the identity") {
   Problem<GluIp, float> glu({.batch = 2, .queries = 20, .keys = 600, .heads = 2, .head_dim = 24});
   Problem<SwiGluIp, float> swiglu(glu.sizes);
