@@ -26,15 +26,18 @@ down, its map is (1/d) tr(d o_i / d v_j), how far output i follows value j. Whit
 negative (a TTT map may be), each map on its own scale, which --json and the PNG's text state.)";
 
 constexpr const char* examples =
-    R"(The file holds q, k and v [tokens, heads, head_dim] of one attention, behind the projections, and the
-TTT tensors of that attention as they are named in a checkpoint (blocks.3.attn.w1, ...).
+    R"(Two files are a vision transformer (names of timm) and its conversion by linattn-inherit; --picture passes through
+both. One file holds q, k and v [tokens, heads, head_dim] of one attention, behind the projections, and the TTT tensors
+of that attention as they are named in a checkpoint (blocks.3.attn.w1, ...).
 Examples:
-  linattn-attention-map layer.safetensors -o map.png
-  linattn-attention-map layer.safetensors --grid 12x16 --query 3,4 --query 10,12 --heads 0,2 --json
+  linattn-attention-map deit_tiny/ deit_tiny_t5.safetensors --picture cat.jpg --block 6 --query 5,5 --query 9,2
+  linattn-attention-map layer.safetensors --grid 12x16 --heads 0,2 -o map.png --json
 Exit code: 0 when the picture is written, 2 after an error, which stderr states in one sentence.)";
 
 struct Arguments {
-  std::filesystem::path input, output = "attention-map.png";
+  std::vector<std::filesystem::path> models;
+  std::filesystem::path picture, output = "attention-map.png";
+  Index block = 0;
   std::string grid;
   std::vector<std::string> queries;
   std::vector<Index> heads;
@@ -55,17 +58,17 @@ struct Arguments {
   return {first, second};
 }
 
-// The tokens of the queries; the middle of the grid where none is named.
+// The tokens of the queries in the grid; its middle where none is named.
 [[nodiscard]] std::vector<Index> query_tokens(const std::vector<std::string>& texts,
                                               const linattn::TokenGrid& grid) {
-  if (texts.empty()) return {grid.offset + grid.height / 2 * grid.width + grid.width / 2};
+  if (texts.empty()) return {grid.height / 2 * grid.width + grid.width / 2};
   std::vector<Index> tokens;
   for (const std::string& text : texts) {
     const auto [row, column] = parse_pair(text, ',', "--query");
     if (row >= grid.height || column >= grid.width)
       throw std::runtime_error("--query " + text + " lies outside the grid of " +
                                std::to_string(grid.height) + " x " + std::to_string(grid.width) + " tokens");
-    tokens.push_back(grid.offset + row * grid.width + column);
+    tokens.push_back(row * grid.width + column);
   }
   return tokens;
 }
@@ -82,14 +85,19 @@ struct Arguments {
 
 [[nodiscard]] nlohmann::json report(Runtime& rt, const Layers& layers, const Picture& picture,
                                     const std::filesystem::path& output) {
+  const linattn::TokenGrid& grid = layers.softmax.grid;
   nlohmann::json maps = nlohmann::json::array();
   for (const Scale& s : picture.scales)
-    maps.push_back({{"head", s.head}, {"query", s.query}, {"map", s.map}, {"min", s.least}, {"max", s.most}});
+    maps.push_back({{"head", s.head},
+                    {"query", {s.query / grid.width, s.query % grid.width}},
+                    {"map", s.map},
+                    {"min", s.least},
+                    {"max", s.most}});
   return {{"layer", layers.name},
           {"inner_model", name(layers.module.conversion.inner_model)},
           {"inner_loss", name(layers.module.conversion.inner_loss)},
           {"tokens", layers.softmax.tokens()},
-          {"grid", {layers.grid.height, layers.grid.width}},
+          {"grid", {grid.height, grid.width}},
           {"key_shift_ratio",
            {{"softmax", key_shift_ratios(rt, layers.softmax)}, {"ttt", key_shift_ratios(rt, layers.ttt)}}},
           {"maps", maps},
@@ -102,12 +110,16 @@ int run(const Arguments& a) {
     throw std::runtime_error("--size: 1 to 4096 pixels, got " + std::to_string(a.size));
   Runtime rt(a.threads);
   const auto [height, width] = a.grid.empty() ? std::pair<Index, Index>{} : parse_pair(a.grid, 'x', "--grid");
-  const Layers layers = read_layer(a.input, height, width);
-  const std::vector<Index> queries = query_tokens(a.queries, layers.grid);
+  if ((a.models.size() == 2) == a.picture.empty())
+    throw std::runtime_error("two models and --picture go together; one file holds a layer");
+  const Layers layers = a.models.size() == 2 ? run_models(rt, a.models[0], a.models[1], a.picture, a.block)
+                                             : read_layer(a.models[0], height, width);
+  const linattn::TokenGrid& grid = layers.softmax.grid;
+  const std::vector<Index> queries = query_tokens(a.queries, grid);
   const std::vector<Index> heads = head_list(a.heads, layers.softmax.heads());
 
-  const Picture picture = draw(softmax_map(rt, layers, queries), ttt_map(rt, layers, queries), layers.grid,
-                               heads, queries, a.size);
+  const Picture picture = draw(softmax_map(rt, layers, queries), ttt_map(rt, layers, queries), grid, heads,
+                               queries, a.size, layers.photo);
   const nlohmann::json facts = report(rt, layers, picture, a.output);
   nn::write_png(a.output, picture.image,
                 {{"Title", "Attention maps of " + layers.name},
@@ -121,8 +133,9 @@ int run(const Arguments& a) {
     return 0;
   }
   for (const Scale& s : picture.scales)
-    std::fprintf(stderr, "head %td, token %td, %-7s %+.3e to %+.3e\n", s.head, s.query, s.map.c_str(),
-                 static_cast<double>(s.least), static_cast<double>(s.most));
+    std::fprintf(stderr, "head %td, query %td,%td, %-7s %+.3e to %+.3e\n", s.head, s.query / grid.width,
+                 s.query % grid.width, s.map.c_str(), static_cast<double>(s.least),
+                 static_cast<double>(s.most));
   std::cout << a.output.string() << std::endl;
   return 0;
 }
@@ -132,7 +145,11 @@ int run(const Arguments& a) {
 int main(int count, char** values) {
   Arguments a;
   CLI::App app(about, "linattn-attention-map");
-  app.add_option("input", a.input, "safetensors file of one layer")->required();
+  app.add_option("models", a.models, "a vision transformer and its conversion, or the file of one layer")
+      ->required()
+      ->expected(1, 2);
+  app.add_option("--picture", a.picture, "PNG or JPEG that passes through the two models");
+  app.add_option("--block", a.block, "block of the models, counted from 0")->capture_default_str();
   app.add_option("-o,--output", a.output, "PNG file to write")->capture_default_str();
   app.add_option(
       "--grid", a.grid,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "nn/checkpoint.hpp"
+#include "nn/image.hpp"
 #include "nn/runtime.hpp"
 #include "nn/ttt_module.hpp"
 
@@ -13,9 +14,11 @@ namespace attention_map {
 
 using namespace nn;  // what the examples share
 
-// What goes into an attention, (batch 1, tokens, heads, head_dim), behind the projections.
+// What goes into an attention, (batch 1, tokens, heads, head_dim), behind the projections, and which of the tokens are
+// those of the picture.
 struct Inputs {
   Tensor<float> q, k, v;
+  linattn::TokenGrid grid;
 
   [[nodiscard]] Index tokens() const { return q.extent(1); }
   [[nodiscard]] Index heads() const { return q.extent(2); }
@@ -27,7 +30,7 @@ struct Layers {
   std::string name;
   Inputs softmax, ttt;
   TttModule<float> module;
-  linattn::TokenGrid grid;
+  Image photo;  // what the model saw; empty if nobody knows
 };
 
 // A file that holds `q`, `k`, `v` [tokens, heads, head_dim] and the tensors of one converted attention under their
@@ -35,7 +38,13 @@ struct Layers {
 // before it; height 0: it is a square. Throws std::runtime_error that names the file and the tensor.
 [[nodiscard]] Layers read_layer(const std::filesystem::path& file, Index height, Index width);
 
-// (heads, queries, tokens)
+// One block of a vision transformer and of its conversion, as the picture passes through each at the size that the
+// first was made for. Throws std::runtime_error that names the file.
+[[nodiscard]] Layers run_models(Runtime& rt, const std::filesystem::path& softmax,
+                                const std::filesystem::path& ttt, const std::filesystem::path& picture,
+                                Index block);
+
+// (heads, queries, tokens of the grid); queries are tokens of the grid, counted from its first.
 using Map = Tensor<float>;
 [[nodiscard]] Map softmax_map(Runtime& rt, const Layers& layers, const std::vector<Index>& queries);
 [[nodiscard]] Map ttt_map(Runtime& rt, const Layers& layers, const std::vector<Index>& queries);

@@ -26,7 +26,7 @@ struct Canvas {
       for (Index column = std::max<Index>(x, 0); column < right; ++column)
         std::copy(colour.begin(), colour.end(), image.rgb.begin() + 3 * (row * image.width + column));
   }
-  // The outline of a square, `thickness` wide, outside of it where `thickness` is negative.
+  // The outline of a square, `thickness` wide.
   void outline(Index x, Index y, Index side, Index thickness, const Colour& colour) {
     fill(x, y, side, thickness, colour);
     fill(x, y + side - thickness, side, thickness, colour);
@@ -50,9 +50,8 @@ struct Layout {
 };
 
 void mark(Canvas& canvas, const Layout& at, Index x, Index y, Index query) {
-  const Index token = query - at.grid.offset, line = std::max<Index>(1, at.token / 8);
-  if (token < 0 || token >= at.grid.tokens()) return;
-  const Index left = x + token % at.grid.width * at.token, top = y + token / at.grid.width * at.token;
+  const Index line = std::max<Index>(1, at.token / 8);
+  const Index left = x + query % at.grid.width * at.token, top = y + query / at.grid.width * at.token;
   canvas.outline(left - line, top - line, at.token + 2 * line, line, frame);
   canvas.outline(left, top, at.token, line, frame_inside);
 }
@@ -63,7 +62,7 @@ Picture draw(const Map& softmax, const Map& ttt, const linattn::TokenGrid& grid,
              const std::vector<Index>& heads, const std::vector<Index>& queries, Index size,
              const Image& photo) {
   const Layout at{grid, std::max<Index>(1, size / std::max(grid.height, grid.width))};
-  const Index columns = static_cast<Index>(queries.size()), tokens = softmax.extent(2);
+  const Index columns = static_cast<Index>(queries.size());
   const Index first = photo.rgb.empty() ? 0 : 1, rows = first + static_cast<Index>(heads.size());
   Canvas canvas(at.x(columns - 1, 1) + at.width() + at.thin, at.y(rows - 1) + at.height() + at.thin);
   Picture picture;
@@ -84,7 +83,7 @@ Picture draw(const Map& softmax, const Map& ttt, const linattn::TokenGrid& grid,
       for (const Index kind : {0, 1}) {
         const Index head = heads[static_cast<std::size_t>(row)];
         const float* const values =
-            (kind == 0 ? softmax : ttt).data() + (head * columns + column) * tokens + grid.offset;
+            (kind == 0 ? softmax : ttt).data() + (head * columns + column) * grid.tokens();
         const auto [least, most] = std::minmax_element(values, values + grid.tokens());
         const Scale scale{head, query, kind == 0 ? "softmax" : "ttt", *least, *most};
         const Index left = at.x(column, kind), top = at.y(first + row);

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """linattn-attention-map on a small layer, whose numbers and colours are computed here once more: softmax, and a linear
-inner model, whose map is scale / N (q_i . k_j) behind the key norm."""
+inner model, whose map is scale / N (q_i . k_j) behind the key norm; then on a small vision transformer and its conversion."""
 
 import argparse
 import json
@@ -96,8 +96,10 @@ def expected_ratio(k: list, head: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", type=pathlib.Path)
-    command = parser.parse_args().command.resolve()
+    for name in ("data", "command", "inherit"):
+        parser.add_argument(name, type=pathlib.Path)
+    arguments = parser.parse_args()
+    command, inherit, deit = arguments.command.resolve(), arguments.inherit.resolve(), arguments.data / "deit-tiny"
 
     def run(*arguments) -> subprocess.CompletedProcess:
         return subprocess.run([command, *map(str, arguments)], text=True, capture_output=True, timeout=60)
@@ -132,13 +134,13 @@ def main() -> int:
         check("the size of the picture", (len(pixels[0]), len(pixels)) == (4 * wide + 4 * pad + 16, HEADS * high + 3 * pad),
               f"{len(pixels[0])} x {len(pixels)}")
         check("its text states the scales", json.loads(text["Comment"]) == facts["maps"], str(text))
-        scales = {(s["head"], s["query"], s["map"]): s for s in facts["maps"]}
+        scales = {(s["head"], *s["query"], s["map"]): s for s in facts["maps"]}
         check("a scale for each map", len(scales) == len(facts["maps"]) == 2 * HEADS * len(queries))
         for head in range(HEADS):
             for column, (y, x) in enumerate(queries):
-                query = 1 + y * WIDTH + x
+                query = 1 + y * WIDTH + x  # among all tokens
                 for index, (kind, values) in enumerate(expected_maps(q, k, head, query).items()):
-                    scale, largest = scales[head, query, kind], max(map(abs, values))
+                    scale, largest = scales[head, y, x, kind], max(map(abs, values))
                     close = max(abs(scale["min"] - min(values)), abs(scale["max"] - max(values))) < 1e-5 * largest
                     check(f"head {head}, token {query}, {kind}: numbers", close, f"{scale}, {values}")
                     left, top = pad + column * (2 * wide + pad + 16) + index * (wide + pad), pad + head * (high + pad)
@@ -174,6 +176,28 @@ def main() -> int:
         refuses("a missing tensor", ["layer.safetensors", "'k'"], *options)
         write_safetensors(file, {name: t for name, t in tensors.items() if "w1" not in name}, {})
         refuses("no TTT tensors", ["layer.safetensors", "w1"], *options)
+
+        t5, photo = scratch / "t5.safetensors", deit / "picture.png"
+        subprocess.run([inherit, deit / "model.safetensors", t5, "--drop-cls", "--heads", "3", "--replace", "attn:1"], check=True, capture_output=True)
+        options = [deit, t5, "--picture", photo, "-o", png, "--block", 1, "--size", size]
+        result = run(*options, "--query", "0,3", "--json")
+        check("two models run", result.returncode == 0, result.stderr)
+        facts = json.loads(result.stdout)
+        ratios = facts["key_shift_ratio"]
+        check("of a vision transformer", facts["grid"] == [4, 4] and len(ratios["softmax"]) == 3, result.stdout)
+        check("ratios of both", all(0 < r < 1 for kind in ("softmax", "ttt") for r in ratios[kind]), str(ratios))
+        check("each model has its own inputs", ratios["softmax"] != ratios["ttt"], str(ratios))  # one has no class token
+        rows = read_png(png)[0]
+        photo_row = [p for line in rows[pad : pad + size] for p in line[pad : pad + size]]
+        check("the picture, a row above those of the heads", (len(rows), len(set(photo_row)) > 100) == (4 * size + 5 * pad, True),
+              f"{len(rows)} rows, {len(set(photo_row))} colours")
+        softmax = [m for m in facts["maps"] if m["map"] == "softmax"]
+        check("probabilities", all(0 < m["min"] <= m["max"] < 1 for m in softmax), str(softmax))
+        png.unlink()
+        refuses("a block that is softmax", ["t5.safetensors", "blocks.0.attn"], deit, t5, "--picture", photo, "-o", png, "--block", 0)
+        refuses("a block that is not there", ["--block 2"], deit, t5, "--picture", photo, "-o", png, "--block", 2)
+        refuses("models the other way round", ["t5.safetensors", "blocks.1.attn"], t5, deit, "--picture", photo, "-o", png, "--block", 1)
+        refuses("models without a picture", ["--picture"], deit, t5, "-o", png)
     print(f"{len(failures)} failures")
     return 1 if failures else 0
 
