@@ -16,7 +16,8 @@ namespace detail {
 // A task computes a block of `rows` x `columns` of the output, `depth` inputs at a time: it copies that part
 // of x (contiguous, widened), then takes the weight panel by panel (transposed, widened; a panel stays in
 // L1), and adds to a tile of sums. Copies and sums together stay within a second-level cache of 1 MB, and
-// each element copied serves enough products to hide its cost. The cut depends on the shapes alone.
+// each element copied serves enough products to hide its cost. Few blocks of rows, such as those of one
+// picture, come with narrow columns, so that several cores have a share. The cut depends on the shapes alone.
 //
 // With few rows a weight would serve too few products to be worth transposing: then it is read once, as it
 // lies, and sums run along the inputs, as long as these are enough to hide the final sums across lanes.
@@ -30,7 +31,7 @@ struct LinearPlan {
       : few(all_rows <= (inputs >= 512 ? 96 : 16)),
         total_rows(all_rows),
         rows(block(all_rows, 256, 8)),
-        columns(block(outputs, 512, 32)),
+        columns(block(outputs, !few && all_rows <= 512 ? 96 : 512, 32)),
         depth(block(inputs, few ? 2048 : 256, 16)),
         row_blocks((all_rows + rows - 1) / rows),
         column_blocks((outputs + columns - 1) / columns) {}
