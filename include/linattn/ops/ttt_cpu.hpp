@@ -242,21 +242,21 @@ template <class Step, class C>
 LINATTN_NOINLINE void take_step(const TttShape<C>& shape, const C* weights, double inner_lr, double factor,
                                 C* sum) {
   using P = Pack<C>;
-  const auto rate = [&](C norm) {
-    return static_cast<C>(Step::rate(inner_lr, factor, static_cast<double>(norm)));
+  const auto rate = [&](C squares) {
+    return static_cast<C>(Step::rate(inner_lr, factor, std::sqrt(static_cast<double>(squares))));
   };
   for (Index panel = 0; panel < shape.size(); panel += shape.panel()) {
     for (Index lane = 0; lane < Tile<C>::columns; lane += P::size) {
       const C* w = weights + panel + lane;
       C* g = sum + panel + lane;
-      C rates[P::size] = {};  // of the columns; before that, their norms
+      C rates[P::size] = {};  // of the columns; before that, their sums of squares
       if constexpr (Step::needs_column_norm) {
         P squares = P::zero();
         for (Index r = 0; r < shape.head_dim; ++r) {
           const P gradient = P(static_cast<C>(factor)) * P::load(g + r * Tile<C>::columns);
           squares = fma(gradient, gradient, squares);
         }
-        sqrt(squares).store(rates);
+        squares.store(rates);
       }
       for (C& x : rates) x = rate(x);
       for (Index r = 0; r < padded_rows<C>(shape.head_dim); ++r, w += Tile<C>::columns, g += Tile<C>::columns)
