@@ -159,6 +159,11 @@ TEST_CASE("dit: byte for byte, and DiT5's own tensors beside") {
   require_ok(read_conversion(opened(folder / "silent.safetensors"), told));
   CHECK(told == conversion);
 
+  // A reader needs no flag for the heads of either.
+  Heads heads;
+  require_ok(find_heads(after, 8, std::nullopt, std::nullopt, std::nullopt, heads));
+  CHECK(heads.count == 2);
+
   for (const char* file : {"out.safetensors", "silent.safetensors"})
     CHECK(contains(message(convert(folder / file, folder / "twice", two_heads)), "is already converted"));
 }

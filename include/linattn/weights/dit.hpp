@@ -83,8 +83,13 @@ inline constexpr std::string_view dit_anchor = "x_embedder.proj.weight";
   return size != nullptr ? std::optional(size->heads) : std::nullopt;
 }
 
+// What the names of a model's tensors begin with in a file: "", "model.", "ema." and the like. One a set is usual.
+[[nodiscard]] inline std::vector<std::string> dit_prefixes(const Safetensors& file, WeightSet set) {
+  return detail::weight_prefixes(file, detail::dit_anchor, set);
+}
+
 [[nodiscard]] inline bool holds_dit(const Safetensors& file) {
-  return detail::holds_blocks(file, detail::dit_anchor);
+  return !dit_prefixes(file, WeightSet::raw).empty() || !dit_prefixes(file, WeightSet::ema).empty();
 }
 
 // Takes the sizes of a model whose names begin with `prefix` from the shapes of its tensors.

@@ -17,6 +17,43 @@
 
 LINATTN_BEGIN
 
+// The number of heads of a ViT or DiT, and who says so.
+struct Heads {
+  Index count = 0;
+  std::string_view from;
+};
+
+// No shape of a softmax attention tells its heads. In this order: what is asked for; what the converted modules of
+// the file have; what its config.json says; what the published model of this size has; heads of 64 channels.
+[[nodiscard]] inline FileStatus find_heads(const Safetensors& file, Index width, std::optional<Index> asked,
+                                           std::optional<Index> config, std::optional<Index> known,
+                                           Heads& out) {
+  std::optional<Index> converted;
+  for (const TensorInfo& info : file.tensors())
+    if (info.name.ends_with(".attn.w1") && info.shape.size() == 4) converted = info.shape[1];
+  if (asked)
+    out = {*asked, "as asked for"};
+  else if (converted)
+    out = {*converted, "as its converted modules have"};
+  else if (config)
+    out = {*config, "as config.json says"};
+  else if (known)
+    out = {*known, "as models of this size have"};
+  else if (width % 64 == 0)
+    out = {width / 64, "a guess: 64 channels each"};
+  else
+    return detail::file_error(file.path(),
+                              "tells no heads: a width of " + std::to_string(width) +
+                                  " is no multiple of 64, so their number must be given (heads)",
+                              {}, Code::option);
+  if (out.count < 1 || width % out.count != 0)
+    return detail::file_error(
+        file.path(),
+        "a width of " + std::to_string(width) + " cannot be cut into " + std::to_string(out.count) + " heads",
+        {}, Code::option);
+  return {};
+}
+
 namespace detail {
 
 // Takes sizes from the shapes of tensors. After the first error, which it keeps, every size is 1.
@@ -120,24 +157,18 @@ struct WeightPrefixes {
   return set;
 }
 
-// The prefixes below which a tensor lies that every model of a family has once.
+// The prefixes below which a set lies: those of a tensor that every model of the family has once, where blocks of
+// attention are beside it.
 [[nodiscard]] inline std::vector<std::string> weight_prefixes(const Safetensors& file,
                                                               std::string_view anchor, WeightSet set) {
   std::vector<std::string> prefixes;
-  for (const TensorInfo& info : file.tensors())
-    if (info.name.ends_with(anchor))
-      if (std::string prefix = info.name.substr(0, info.name.size() - anchor.size());
-          weight_set(prefix) == set)
-        prefixes.push_back(std::move(prefix));
+  for (const TensorInfo& info : file.tensors()) {
+    if (!info.name.ends_with(anchor)) continue;
+    std::string prefix = info.name.substr(0, info.name.size() - anchor.size());
+    if (weight_set(prefix) == set && file.find(prefix + "blocks.0.attn.qkv.weight") != nullptr)
+      prefixes.push_back(std::move(prefix));
+  }
   return prefixes;
-}
-
-// Whether a file holds a model with this tensor and with blocks of softmax attention, in either set.
-[[nodiscard]] inline bool holds_blocks(const Safetensors& file, std::string_view anchor) {
-  for (const WeightSet set : {WeightSet::raw, WeightSet::ema})
-    for (const std::string& prefix : weight_prefixes(file, anchor, set))
-      if (file.find(prefix + "blocks.0.attn.qkv.weight") != nullptr) return true;
-  return false;
 }
 
 // Chooses between the sets. Default: raw, as the loaders of the paper's code do; EMA where there is nothing else.
@@ -190,35 +221,16 @@ inline void apply_weights(const WeightPrefixes& weights, ModelRules& rules) {
     rules.notes.emplace_back("weights: EMA, there are no others");
 }
 
-// Heads are no shape of a softmax attention: what is asked for, else what config.json says, else the known size,
-// else heads of 64 channels.
+// The heads of a family whose shapes do not tell them, as rules that the report explains.
 [[nodiscard]] inline FileStatus choose_heads(const Safetensors& file, Index width, std::optional<Index> asked,
                                              std::optional<Index> config, std::optional<Index> known,
                                              ModelRules& rules) {
-  const auto choose = [&](Index heads, const char* from) {
-    rules.heads = heads;
-    rules.tells_heads = false;
-    rules.notes.push_back("heads: " + std::to_string(heads) + ", " + from);
-  };
-  if (asked)
-    choose(*asked, "as asked for");
-  else if (config)
-    choose(*config, "as config.json says");
-  else if (known)
-    choose(*known, "as models of this size have");
-  else if (width % 64 == 0)
-    choose(width / 64, "a guess: 64 channels each");
-  else
-    return file_error(file.path(),
-                      "tells no heads: a width of " + std::to_string(width) +
-                          " is no multiple of 64, so their number must be given (heads)",
-                      {}, Code::option);
-  if (rules.heads < 1 || width % rules.heads != 0)
-    return file_error(file.path(),
-                      "a width of " + std::to_string(width) + " cannot be cut into " +
-                          std::to_string(rules.heads) + " heads",
-                      {}, Code::option);
-  rules.head_dim = width / rules.heads;
+  Heads heads;
+  if (FileStatus status = find_heads(file, width, asked, config, known, heads); !status.ok()) return status;
+  rules.heads = heads.count;
+  rules.head_dim = width / heads.count;
+  rules.tells_heads = false;
+  rules.notes.push_back("heads: " + std::to_string(heads.count) + ", " + std::string(heads.from));
   return {};
 }
 

@@ -99,8 +99,13 @@ inline constexpr std::string_view vit_anchor = "patch_embed.proj.weight";
   return size != nullptr ? std::optional(size->heads) : std::nullopt;
 }
 
+// What the names of a model's tensors begin with in a file: "", "model.", "ema." and the like. One a set is usual.
+[[nodiscard]] inline std::vector<std::string> vit_prefixes(const Safetensors& file, WeightSet set) {
+  return detail::weight_prefixes(file, detail::vit_anchor, set);
+}
+
 [[nodiscard]] inline bool holds_vit(const Safetensors& file) {
-  return detail::holds_blocks(file, detail::vit_anchor);
+  return !vit_prefixes(file, WeightSet::raw).empty() || !vit_prefixes(file, WeightSet::ema).empty();
 }
 
 // Takes the sizes of a model whose names begin with `prefix` from the shapes of its tensors. Positions that are
