@@ -145,27 +145,33 @@ struct Updated {
   std::vector<Buffer<C, 4>> memory;
 };
 
-// mid.g* = (W - W') / inner_lr in double, the name being followed by `kind`.
+// The tensor `name` = (W - W') / inner_lr in double, W' of each sample.
+template <class T>
+void check_gradient(Case& c, const std::string& name, const std::string& run,
+                    const TensorView<const double, 3>& initial, const TensorView<T, 4>& updated,
+                    double inner_lr) {
+  Buffer<double, 4> g(updated.extents);
+  double largest = 0.0, gradient = 0.0;
+  support::for_each_index(updated.extents, [&](const auto& i) {
+    const double after = convert<double>(support::element(updated, i));
+    support::element(g.view(), i) = (initial(i[1], i[2], i[3]) - after) / inner_lr;
+    largest += after * after;
+    gradient += support::element(g.view(), i) * support::element(g.view(), i);
+  });
+  // W' is rounded to T, and W - W' keeps that error whole: what W' may be off by, relative to inner_lr * g.
+  Tolerance tolerance = recorded<T>;
+  tolerance.value += support::unit_roundoff<T> * std::sqrt(largest / gradient) / std::abs(inner_lr);
+  c.check(name, run, g.view(), tolerance);
+}
+
+// mid.g* of all matrices, the name being followed by `kind`.
 template <class T>
 void check_gradients(Case& c, const std::string& run, const std::vector<Tensor>& initial,
                      const Updated<T>& updated, double inner_lr, std::string_view numbers = "123",
                      const std::string& kind = "") {
-  for (std::size_t m = 0; m < initial.size(); ++m) {
-    const TensorView<T, 4> w = updated.memory[m].view();
-    Buffer<double, 4> g(w.extents);
-    const TensorView<const double, 3> w0 = initial[m].view<3>();
-    double largest = 0.0, gradient = 0.0;
-    support::for_each_index(w.extents, [&](const auto& i) {
-      const double after = convert<double>(support::element(w, i));
-      support::element(g.view(), i) = (w0(i[1], i[2], i[3]) - after) / inner_lr;
-      largest += after * after;
-      gradient += support::element(g.view(), i) * support::element(g.view(), i);
-    });
-    // W' is rounded to T, and W - W' keeps that error whole: what W' may be off by, relative to inner_lr * g.
-    Tolerance tolerance = recorded<T>;
-    tolerance.value += support::unit_roundoff<T> * std::sqrt(largest / gradient) / std::abs(inner_lr);
-    c.check(std::string("mid.g") + numbers[m] + kind, run, g.view(), tolerance);
-  }
+  for (std::size_t m = 0; m < initial.size(); ++m)
+    check_gradient(c, std::string("mid.g") + numbers[m] + kind, run, initial[m].view<3>(),
+                   updated.memory[m].view(), inner_lr);
 }
 
 // mid.w* = W', and its gradients.
