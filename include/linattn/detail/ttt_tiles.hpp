@@ -1,11 +1,11 @@
-// The tiles of TTT on the host: 64 tokens of one head pass through at most five products, each stage a
-// function of its own.
+// The tiles of TTT on the host: 64 tokens of one head pass through the products, each stage a function
+// of its own.
 //
 // A matrix that a product reads by vectors lies in panels of two packs, [panel][row][2 L] with L the lanes of
 // a pack. A model with two projections pairs them, (W1 pack | W2 pack), so that one product leaves z1 and z2
 // of the same elements in registers, and the activation happens there; any other matrix has neighbouring
-// packs in a panel. Gradients have the layout of their weights, so W' = W - c G is one stream and the queries
-// use the result as it lies. Rows are rounded up to whole register tiles and columns to whole panels; what
+// packs in a panel. Gradients have the layout of their weights, so W' is one pass over both and the queries use
+// the result as it lies. Rows are rounded up to whole register tiles and columns to whole panels; what
 // lies beyond the tokens of a tile and the channels of a head no result depends on.
 #pragma once
 
@@ -63,15 +63,15 @@ struct TttShape {
     return s;
   }
   [[nodiscard]] constexpr Index panels() const { return width / Tile<C>::columns; }
-  // Elements of one panel of a matrix, of the projections, of the first `matrices` chained matrices, and of a head.
+  // Elements of one panel of a matrix, of the projections, of some chained matrices, and of a head.
   [[nodiscard]] constexpr Index panel() const { return padded_rows<C>(head_dim) * Tile<C>::columns; }
   [[nodiscard]] constexpr Index in_size() const { return in_panels * panel(); }
   [[nodiscard]] constexpr Index chained_size(Index matrices) const { return matrices * panels() * panel(); }
   [[nodiscard]] constexpr Index size() const { return in_size() + chained_size(chained); }
   // Where a chained matrix lies: behind the projections, in order.
   [[nodiscard]] constexpr Index chained_at(Index i) const { return in_size() + chained_size(i); }
-  // Elements of one panel of a tile of tokens, of the tile, of what the chained matrices read, of the derivatives
-  // of the function wherever it is applied, and of the errors.
+  // Elements of one panel of a tile of tokens, of the tile, of what the chained matrices read, of the
+  // derivatives of the function wherever it is applied, and of the errors.
   [[nodiscard]] constexpr Index tile_panel() const { return padded_rows<C>(ttt_tile) * Tile<C>::columns; }
   [[nodiscard]] constexpr Index tile() const { return padded_rows<C>(ttt_tile) * width; }
   [[nodiscard]] constexpr Index activations() const { return chained * tile(); }
@@ -315,8 +315,8 @@ LINATTN_NOINLINE void read_values(const TttShape<C>& shape, const T* v, Index st
     for_each_pack<C>(0, shape.head_dim, [&](Index c, auto lanes) { lanes.load(v + c).store(rows + c); });
 }
 
-// The values of a tile, made errors where the loss needs no prediction: dl/df(K) as rows (to multiply with W^T)
-// and in panels (to be multiplied with A^T).
+// The values of a tile, made errors, by a loss that needs no prediction: dl/df(K) as rows (to multiply with
+// W^T) and in panels (to be multiplied with A^T).
 template <class Loss, class C, class T>
 LINATTN_NOINLINE void read_errors(const TttShape<C>& shape, const T* v, Index step, Index tokens, C* rows,
                                   C* panels) {
@@ -361,8 +361,8 @@ LINATTN_INLINE void multiply_by_panel(const TttShape<C>& shape, const C* tile, I
   multiply_rows_by_panel(tile, shape.width, Index{1}, tokens, panel, shape.head_dim, prefetch, epilogue);
 }
 
-// z = x W_in, then the function and its derivatives: use(at, f) receives them where z lies in the registers, with
-// the place of the element in `rows`; what it leaves of the derivatives goes to panels in the layout of W_in.
+// z = x W_in, then the function and its derivatives: use(at, f) receives them while they are in registers,
+// with the place of the element in `rows`; the derivatives that it leaves go to panels in the layout of W_in.
 template <class Model, class C, class Use>
 LINATTN_INLINE void differentiate(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in, C* rows,
                                   C* derivatives, Prefetch& prefetch, const Use& use) {
@@ -400,7 +400,7 @@ LINATTN_NOINLINE void activate_and_differentiate(const TttShape<C>& shape, const
                        [](C* at, const Activation<Pack<C>>& f) LINATTN_INLINE_LAMBDA { f.value.store(at); });
 }
 
-// The same where a(z) is the prediction: the derivatives at once times its error, whose target the rows hold.
+// The same where a(z) is the prediction: the derivatives at once times its error; the rows hold the target.
 template <class Model, class Loss, class C>
 LINATTN_NOINLINE void differentiate_loss(const TttShape<C>& shape, const C* x, Index tokens, const C* w_in,
                                          C* targets, C* derivatives, Prefetch& prefetch) {
@@ -466,8 +466,8 @@ LINATTN_NOINLINE void predict_errors(const TttShape<C>& shape, const C* a, Index
                       });
 }
 
-// D = E W^T, and at once D times the derivatives, in place: the errors of the matrix before, in panels. As rows
-// too if that matrix is a chained one, which the errors go through next.
+// D = E W^T, and at once D times the derivatives, in place: the errors of the matrix before, in panels. As
+// rows too if that is a chained matrix, which the errors go through next.
 template <int Projections, bool ToRows, class C>
 LINATTN_NOINLINE void backpropagate(const TttShape<C>& shape, const C* errors, Index tokens,
                                     const C* w_transposed, C* derivatives, C* rows, Prefetch& prefetch) {

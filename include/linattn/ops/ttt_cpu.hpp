@@ -236,8 +236,8 @@ void chunk_gradient(const TttShape<C>& shape, TokenReader<C, T>& keys, const T* 
   }
 }
 
-// W' = W - rate * sum, in place of the sum; the gradient is factor * sum. The columns of all matrices are lanes of
-// their panels.
+// W' = W - rate * sum, in place of the sum; the gradient is factor * sum. The columns of all matrices are
+// lanes of their panels.
 template <class Step, class C>
 LINATTN_NOINLINE void take_step(const TttShape<C>& shape, const C* weights, double inner_lr, double factor,
                                 C* sum) {

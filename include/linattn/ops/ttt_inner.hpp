@@ -11,15 +11,15 @@
 //   SwiGlu   f(x) = (silu(x W1) * (x W2)) W3                  W1, W2, W3
 //   Mlp3     f(x) = silu(silu(x W1) W2) W3                    W1, W2, W3
 //
-// With A the input of a chained matrix W_c and E = dl/d(A W_c), the gradients at the initial weights are
-//   dl/dW_c = A^T E,  and one matrix down  E <- (E W_c^T) * da/dz,
-// and those of the projections  dl/dW1 = K^T (D * da/dz1),  dl/dW2 = K^T (D * da/dz2), D = E W_c^T, or dl/df(K)
-// where no matrix is chained.
+// With A the input of a chained matrix W and E = dl/d(A W), the gradients at the initial weights are
+//   dl/dW = A^T E,  and one matrix down  E <- (E W^T) * da/dz;
+// those of the projections, with D = E W^T, or dl/df(K) where no matrix is chained, are
+//   dl/dW1 = K^T (D * da/dz1),  dl/dW2 = K^T (D * da/dz2).
 //
 // Source    Transformer-to-TTT: T5 `gradient_silu_glu` (SwiGlu) and `gradient` (Mlp), both with InnerProduct;
-//           DiT5 `TTTAttention.gradient` (Mlp with SquaredError). ViTTT `inner_train_simplified_swiglu`: Glu with
-//           its matrices' names swapped, InnerProduct with scale 1/3, and ColumnClip. Mlp3 is our reading of the
-//           paper's TTT-3Layer and Glu of its TTT-1Layer-Gate, which no official code has.
+//           DiT5 `TTTAttention.gradient` (Mlp with SquaredError). ViTTT `inner_train_simplified_swiglu`: Glu
+//           with w1 and w2 swapped, InnerProduct with scale 1/3, and ColumnClip. Glu and Mlp3 are also our
+//           reading of the paper's TTT-1Layer-Gate and TTT-3Layer, which no official code has.
 #pragma once
 
 #include <cmath>
@@ -45,8 +45,8 @@ struct Activation {
 
 template <class M>
 concept InnerModel = requires {
-  // How many matrices read x (1 or 2), whether a function is applied, and how many matrices are chained to it.
-  // There are names for three matrices, and only a function of one argument can stand between two.
+  // How many matrices read x (1 or 2), whether a function is applied, and how many matrices are chained to
+  // it. There are names for three matrices, so only a function of one argument ever stands between two.
   requires M::projections == 1 || M::projections == 2;
   requires std::same_as<decltype(M::has_activation), const bool>;
   requires M::chained >= 0 && M::projections + M::chained <= 3;
@@ -151,7 +151,7 @@ struct SquaredError {
 
 // An inner step says how far each column of each matrix goes down its gradient,
 //   W'[:, j] = W[:, j] - rate(inner_lr, factor, norm_j) * G[:, j]
-// where factor * G = dl/dW, factor = scale / N, and norm_j = |dl/dW[:, j]|_2 over the rows, if the step needs it.
+// where factor * G = dl/dW, factor = scale / N, and norm_j = |dl/dW[:, j]|_2, if the step needs it.
 template <class S>
 concept InnerStep = requires(double x) {
   { S::needs_column_norm } -> std::convertible_to<bool>;
@@ -167,8 +167,8 @@ struct Plain {
   }
 };
 
-// W'[:, j] = W[:, j] - inner_lr * g / (|g|_2 + 1), g = dl/dW[:, j]: no column moves by inner_lr or more. It is
-// the norm + 1 that divides, so small gradients shrink as well.
+// W'[:, j] = W[:, j] - inner_lr * g / (|g|_2 + 1), g = dl/dW[:, j]: no column moves by inner_lr or more. It
+// is the norm + 1 that divides, so small gradients shrink as well. A column whose squares overflow stays.
 struct ColumnClip {
   static constexpr bool needs_column_norm = true;
 
