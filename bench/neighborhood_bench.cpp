@@ -14,17 +14,17 @@ void neighborhood(Index kernel, Index side, const Shape& s, Parallel parallel) {
   add(name("neighborhood_attention", variant, dtype_name<T>, parallel.workers(), s),
       [=](benchmark::State& state) {
         const Attention<T> a(s);
-        const auto& [q, k, v] = a.views;
+        const linattn::Qkv<T>& in = a.views;
         const linattn::NeighborhoodAttentionOptions options{{0, side, s.tokens / side}, {kernel, kernel}, {}};
         const double rows = static_cast<double>(s.batch * s.heads * s.tokens);
         measure<linattn::Compute<T>>(
             state, parallel, 4 * rows * static_cast<double>(kernel * kernel * s.head_dim),
             static_cast<double>(s.batch * s.tokens),
             [&](const auto& context) {
-              return linattn::neighborhood_attention_workspace(context, q, k, v, a.out, options);
+              return linattn::neighborhood_attention_workspace(context, in.q, in.k, in.v, a.out, options);
             },
             [&](const auto& context) {
-              return linattn::neighborhood_attention(context, q, k, v, a.out, options);
+              return linattn::neighborhood_attention(context, in.q, in.k, in.v, a.out, options);
             });
       });
 }
