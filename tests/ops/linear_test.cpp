@@ -75,7 +75,8 @@ TEST_CASE_TEMPLATE("linear is exact where every sum is", S, Types<float, float, 
                    Types<half, half, half>, Types<half, float, double>, Types<half, bfloat16, float>,
                    Types<bfloat16, bfloat16, bfloat16>, Types<bfloat16, half, float>,
                    Types<bfloat16, float, float>, Types<double, double, double>, Types<double, float, half>,
-                   Types<double, half, float>, Types<double, bfloat16, double>) {
+                   Types<double, half, float>, Types<double, bfloat16, double>,
+                   Types<float, float8_e4m3, float>, Types<double, float8_e4m3, float>) {
   using T = typename S::T;
   using W = typename S::W;
   using B = typename S::B;
@@ -100,7 +101,8 @@ TEST_CASE_TEMPLATE("linear is exact where every sum is", S, Types<float, float, 
 }
 
 TEST_CASE_TEMPLATE("linear rounds as its sums do", S, Types<float, float, float>, Types<float, half, half>,
-                   Types<half, half, half>, Types<bfloat16, bfloat16, float>, Types<double, double, double>) {
+                   Types<half, half, half>, Types<bfloat16, bfloat16, float>,
+                   Types<float, float8_e4m3, float>, Types<double, double, double>) {
   using T = typename S::T;
   using W = typename S::W;
   using B = typename S::B;

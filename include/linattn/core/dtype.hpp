@@ -1,4 +1,4 @@
-// 16-bit storage types. Arithmetic is done in float: load, compute, store.
+// 16-bit and 8-bit storage types. Arithmetic is done in float: load, compute, store.
 #pragma once
 
 #include <bit>
@@ -39,6 +39,21 @@ struct bfloat16 {
   }
 };
 
+// OCP 8-bit E4M3: 1 sign, 4 exponent, 3 fraction bits, as weights are stored. No infinity: the largest number is
+// 448, and only all ones in exponent and fraction are NaN.
+struct float8_e4m3 {
+  std::uint8_t bits = 0;
+
+  float8_e4m3() = default;
+  LINATTN_HD explicit constexpr float8_e4m3(float value);
+  LINATTN_HD explicit constexpr operator float() const;
+  [[nodiscard]] LINATTN_HD static constexpr float8_e4m3 from_bits(std::uint8_t bits) {
+    float8_e4m3 f;
+    f.bits = bits;
+    return f;
+  }
+};
+
 // Round to nearest, ties to even; overflow gives infinity; NaN stays NaN (quiet).
 constexpr half::half(float value) {
   const std::uint32_t f = std::bit_cast<std::uint32_t>(value);
@@ -75,10 +90,39 @@ constexpr bfloat16::bfloat16(float value) {
                                          : static_cast<std::uint16_t>((f + 0x7fffu + ((f >> 16) & 1u)) >> 16);
 }
 
+// Round to nearest, ties to even; what rounds beyond 448 gives NaN, as there is no infinity.
+constexpr float8_e4m3::float8_e4m3(float value) {
+  const std::uint32_t f = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = (f >> 24) & 0x80u, magnitude = f & 0x7fffffffu;
+  std::uint32_t rounded = 0;
+  if (magnitude > 0x43e80000u) {  // above 464, half way from 448 to what would be 480
+    rounded = 0x7fu;
+  } else if (magnitude < 0x3c800000u) {  // below 2^-6: as with half, the addition rounds
+    rounded = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0x1p14f) - 0x46800000u;
+  } else {
+    const std::uint32_t odd = (magnitude >> 20) & 1u;
+    rounded = (magnitude - 0x3c000000u + 0x7ffffu + odd) >> 20;
+  }
+  bits = static_cast<std::uint8_t>(sign | rounded);
+}
+
+constexpr float8_e4m3::operator float() const {
+  const std::uint32_t sign = (std::uint32_t{bits} & 0x80u) << 24;
+  const std::uint32_t magnitude = std::uint32_t{bits} & 0x7fu;
+  if (magnitude == 0x7fu) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (magnitude >= 8u) return std::bit_cast<float>(sign | ((magnitude << 20) + 0x3c000000u));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(subnormal));
+}
+
 // Types that an activation or a weight may be stored in.
 template <class T>
 concept Storage = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, half> ||
     std::is_same_v<T, bfloat16>;
+
+// Types that the weight of a linear layer may be stored in.
+template <class T>
+concept WeightStorage = Storage<T> || std::is_same_v<T, float8_e4m3>;
 
 // The type in which an op with storage T computes: double for double, float for all else.
 template <class T>

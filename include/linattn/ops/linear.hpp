@@ -6,7 +6,7 @@
 // (rows, out) or (batch, rows, out). Rows may be any stride apart; the last axes are dense. `out` must not
 // overlap an input.
 // x may be stored in another type than out; T is that of out.
-// Numerics: sums in Compute<T>, 16-bit x and weights widened exactly, one rounding to T at the end. The order of a
+// Numerics: sums in Compute<T>, 16-bit x and 16-bit or 8-bit weights widened exactly, one rounding to T at the end. The order of a
 // sum depends on the shapes alone: results are bitwise equal for any layout and any number of workers.
 // |error| <= (in + 1) eps (|bias| + sum |x weight|) and, with lanes and blocks, in practice nearer
 // sqrt(in) eps; eps that of Compute<T>.

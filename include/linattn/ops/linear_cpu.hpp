@@ -235,8 +235,8 @@ template <class P, class X, class W, class B, class T, int R>
 [[nodiscard]] Status run_linear(const Cpu<P>& ctx, const TensorView<const X, R>& x,
                                 const TensorView<W, 2>& weight, const TensorView<B, 1>& bias,
                                 const TensorView<T, R>& out) {
-  static_assert(Storage<std::remove_const_t<W>> && Storage<std::remove_const_t<B>>,
-                "weight and bias are float, double, half or bfloat16");
+  static_assert(WeightStorage<std::remove_const_t<W>> && Storage<std::remove_const_t<B>>,
+                "weight and bias are float, double, half or bfloat16, the weight float8_e4m3, too");
   if (const Status status = check_linear(x, weight, bias, out); !status.ok()) return status;
   const LinearPlan plan = linear_plan(x, weight);
   Carver carver(ctx.workspace);
