@@ -1,8 +1,13 @@
 #include "checkpoint.hpp"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <fstream>
 #include <stdexcept>
 #include <utility>
@@ -57,7 +62,17 @@ Weight copy(const Weight& weight, bool swap_halves) {
   Weight result = weight;
   result.data = memory->data();
   result.owner = std::move(memory);
+  result.mapped = false;
   return result;
+}
+
+void release(const Weight& weight) {
+  if (!weight.mapped) return;
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto first = reinterpret_cast<std::uintptr_t>(weight.data);
+  const std::size_t bytes = static_cast<std::size_t>(weight.elements()) * linattn::size_of(weight.dtype);
+  const std::uintptr_t begin = (first + page - 1) / page * page, end = (first + bytes) / page * page;
+  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 Checkpoint Checkpoint::open(const fs::path& path, const std::string& prefix) {
@@ -79,17 +94,43 @@ void Checkpoint::fail(std::string_view tensor, const std::string& why) const {
 Weight Checkpoint::load(std::string_view tensor, const std::vector<Index>& expected) const {
   const TensorInfo* found = info(tensor);
   if (found == nullptr) fail(tensor, "missing, expected " + describe_shape(expected));
-  if (found->dtype == Dtype::f8_e4m3 || found->dtype == Dtype::f8_e5m2)
-    fail(tensor, "8-bit weights are not supported; use the 16-bit file");
-  if (found->dtype != Dtype::f32 && found->dtype != Dtype::f16 && found->dtype != Dtype::bf16 &&
+  const bool f8 = found->dtype == Dtype::f8_e4m3;
+  if ((f8 && !takes_f8_) || found->dtype == Dtype::f8_e5m2)
+    fail(tensor, "8-bit weights (" + std::string(name(found->dtype)) +
+                     ") are not supported here; use the 16-bit file");
+  if (!f8 && found->dtype != Dtype::f32 && found->dtype != Dtype::f16 && found->dtype != Dtype::bf16 &&
       found->dtype != Dtype::f64)
     fail(tensor, "expected F32, F16, BF16 or F64, got " + linattn::describe(*found));
 
   if (on_load) on_load(found->name);
-  Weight weight{found->name, found->dtype, found->shape, found->bytes.data(), files_};
+  Weight weight{found->name, found->dtype, found->shape, found->bytes.data(), files_, scale_of(*found), true};
   if (reinterpret_cast<std::uintptr_t>(weight.data) % linattn::size_of(weight.dtype) != 0)
     weight = copy(weight);
   return adapt(tensor, std::move(weight));
+}
+
+// A scale is never passed over: where one is that is not known to be applied, the tensor is refused.
+float Checkpoint::scale_of(const TensorInfo& weight) const {
+  constexpr std::string_view ending = ".weight";
+  if (!std::string_view(weight.name).ends_with(ending)) return 1;
+  const std::string stem = weight.name.substr(0, weight.name.size() - ending.size());
+  const auto refuse = [&](const std::string& scale, const std::string& why) {
+    throw std::runtime_error(path().string() + ": tensor '" + scale + "': " + why);
+  };
+  if (const std::string other = stem + ".weight_scale"; files_->find(other) != nullptr)
+    refuse(other, "this kind of scaled weights is not supported; use the 16-bit file");
+  const TensorInfo* const found = files_->find(stem + ".scale_weight");
+  if (found == nullptr) return 1;
+  if (weight.dtype != Dtype::f8_e4m3 || !takes_f8_)
+    refuse(found->name, "the scale of a weight of type " + std::string(name(weight.dtype)) +
+                            " is not supported; use the 16-bit file");
+  if (found->dtype != Dtype::f32 || found->elements() != 1)
+    refuse(found->name, "expected one F32, got " + linattn::describe(*found));
+  float scale = 0;
+  std::memcpy(&scale, found->bytes.data(), sizeof scale);
+  if (!std::isfinite(scale)) refuse(found->name, "the scale is not a finite number");
+  if (on_load) on_load(found->name);
+  return scale;
 }
 
 Weight Checkpoint::get(std::string_view tensor, const std::vector<Index>& shape) const {

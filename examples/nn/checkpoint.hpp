@@ -34,7 +34,8 @@ class Checkpoint {
   static constexpr Index any = -1;
 
   [[nodiscard]] bool has(std::string_view tensor) const { return info(tensor) != nullptr; }
-  // Throws if the tensor is missing, has another shape, or a type that is no weight (F8, integers).
+  // Throws if the tensor is missing, has another shape, or a type that is no weight (integers, F8 but where the
+  // model takes it). An F8_E4M3 tensor `x.weight` comes with the scale of `x.scale_weight`, where that is there.
   [[nodiscard]] Weight get(std::string_view tensor, const std::vector<Index>& shape) const;
   // A matrix [out, in]; a 1x1 convolution [out, in, 1, 1] is one.
   [[nodiscard]] Weight matrix(std::string_view tensor, Index out, Index in) const;
@@ -97,9 +98,11 @@ class Checkpoint {
   std::shared_ptr<const linattn::Safetensors> files_;
   std::string prefix_;
   nlohmann::json config_;
+  bool takes_f8_ = false;  // whether the model's layers take F8_E4M3 weights and their scales
 
  private:
   [[nodiscard]] Weight load(std::string_view tensor, const std::vector<Index>& expected) const;
+  [[nodiscard]] float scale_of(const linattn::TensorInfo& weight) const;
   [[noreturn]] void throw_config(const char* key, const char* expected) const;
 };
 
@@ -108,6 +111,10 @@ class Checkpoint {
 
 // Whether the name of any tensor begins so.
 [[nodiscard]] bool holds(const linattn::Safetensors& files, const std::string& beginning);
+
+// Takes the pages of a mapped weight out of this process until they are touched again; they may stay in the
+// system's cache. For weights that a model reads once in a long while.
+void release(const Weight& weight);
 
 // The same weight in memory of its own, its halves swapped or not.
 [[nodiscard]] Weight copy(const Weight& weight, bool swap_halves = false);

@@ -162,14 +162,27 @@ void linear(Runtime& rt, In<T, 3> x, const LinearWeights<T>& weights, TensorView
   const Weight& weight = weights.weight;
   if (weight.shape.size() != 2)
     throw std::logic_error(weight.name + ": a matrix is needed, got " + to_string(weight.shape));
-  visit(weight, [&](const auto* pointer) {
+  const bool scaled = weight.scale != 1;
+  visit_elements(weight, [&](const auto* pointer) {
     using W = std::remove_pointer_t<decltype(pointer)>;
     const TensorView<W, 2> matrix{pointer, {weight.extent(0), weight.extent(1)}};
-    const TensorView<const T, 1> bias = as_view(weights.bias);
+    const TensorView<const T, 1> bias = scaled ? TensorView<const T, 1>{} : as_view(weights.bias);
     rt.run(
         weight.name,
         [&](const auto& context) { return linattn::linear_workspace(context, x, matrix, bias, out); },
         [&](const auto& context) { return linattn::linear(context, x, matrix, bias, out); });
+  });
+  if (!scaled) return;
+  const T scale = static_cast<T>(weight.scale);
+  for_rows(rt, out, [&](Index b, Index r) {
+    T* const row = out.pointer(b, r);
+    const Index n = out.extent(2);
+    if (weights.bias.empty())
+      map_row(
+          row, n, [&](auto u) { return u * decltype(u)(scale); }, row);
+    else
+      map_row(
+          row, n, [&](auto u, auto v) { return fma(u, decltype(u)(scale), v); }, row, weights.bias.data());
   });
 }
 
@@ -204,11 +217,13 @@ Tensor<T> embed(Runtime& rt, const Weight& table, std::span<const std::int32_t> 
       throw std::runtime_error(table.name + ": token id " + std::to_string(id) + ", but the table has " +
                                std::to_string(rows) + " rows");
   Tensor<T> out({batch, count, channels});
-  visit(table, [&](const auto* pointer) {
+  const T scale = static_cast<T>(table.scale);
+  visit_elements(table, [&](const auto* pointer) {
     rt.parallel_rows(batch * count, channels, [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         const auto* row = pointer + ids[static_cast<std::size_t>(i)] * channels;
-        for (Index c = 0; c < channels; ++c) out.data()[i * channels + c] = linattn::convert<T>(row[c]);
+        for (Index c = 0; c < channels; ++c)
+          out.data()[i * channels + c] = linattn::convert<T>(row[c]) * scale;
       }
     });
   });

@@ -21,7 +21,8 @@ namespace nn {
 template <class T>
 using Observer = std::function<void(const std::string& name, const TensorView<const T, 3>& values)>;
 
-// out = x weight^T + bias, (batch, rows, in) -> (batch, rows, out).
+// out = x weight^T + bias, (batch, rows, in) -> (batch, rows, out). The scale of a scaled weight multiplies the
+// sums, in T, before the bias is added.
 template <class T>
 void linear(Runtime& rt, In<T, 3> x, const LinearWeights<T>& weights, TensorView<T, 3> out);
 // The same into new memory.

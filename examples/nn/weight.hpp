@@ -1,6 +1,7 @@
 // One tensor of a checkpoint, in the type that the file stores it in.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -25,13 +26,16 @@ using linattn::Dtype;
   return text + "]";
 }
 
-// Dense and row-major. Copies share the memory, which lives as long as any of them.
+// Dense and row-major. Copies share the memory, which lives as long as any of them. The values are the elements
+// times `scale`, which a file of scaled 8-bit weights names beside them.
 struct Weight {
   std::string name;
-  Dtype dtype = Dtype::f32;  // or f16, bf16, f64
+  Dtype dtype = Dtype::f32;  // or f16, bf16, f64, f8_e4m3
   std::vector<Index> shape;
   const void* data = nullptr;
   std::shared_ptr<const void> owner;
+  float scale = 1;
+  bool mapped = false;  // the memory is a file's
 
   [[nodiscard]] bool empty() const { return data == nullptr; }
   [[nodiscard]] Index extent(int axis) const { return shape[static_cast<std::size_t>(axis)]; }
@@ -51,9 +55,10 @@ struct Weight {
   [[nodiscard]] Weight rows(Index begin, Index count) const;
 };
 
-// Calls f with a typed pointer to the elements: const float*, const half*, const bfloat16* or const double*.
-template <class F>
-decltype(auto) visit(const Weight& weight, F&& f) {
+// Calls f with a typed pointer to the elements: const float*, const half*, const bfloat16* or const double*; with
+// F8 types, const float8_e4m3* too. What f makes of them is still to be multiplied by the scale.
+template <bool F8 = true, class F>
+decltype(auto) visit_elements(const Weight& weight, F&& f) {
   switch (weight.dtype) {
     case Dtype::f16:
       return f(static_cast<const linattn::half*>(weight.data));
@@ -63,10 +68,20 @@ decltype(auto) visit(const Weight& weight, F&& f) {
       return f(static_cast<const double*>(weight.data));
     case Dtype::f32:
       return f(static_cast<const float*>(weight.data));
+    case Dtype::f8_e4m3:
+      if constexpr (F8) return f(static_cast<const linattn::float8_e4m3*>(weight.data));
+      [[fallthrough]];
     default:
       throw std::logic_error(weight.name + ": " + std::string(linattn::name(weight.dtype)) +
-                             " is no weight type");
+                             " is no weight type here");
   }
+}
+
+// The same for those who take the elements for the values: no 8-bit weight, and no scale.
+template <class F>
+decltype(auto) visit(const Weight& weight, F&& f) {
+  if (weight.scale != 1) throw std::logic_error(weight.name + ": scaled weights are not supported here");
+  return visit_elements<false>(weight, std::forward<F>(f));
 }
 
 inline Weight Weight::rows(Index begin, Index count) const {
@@ -76,7 +91,7 @@ inline Weight Weight::rows(Index begin, Index count) const {
   Weight result = *this;
   const Index offset = shape[0] == 0 ? 0 : begin * (elements() / shape[0]);
   result.shape[0] = count;
-  visit(*this, [&](const auto* pointer) { result.data = pointer + offset; });
+  result.data = static_cast<const std::byte*>(data) + static_cast<std::size_t>(offset) * size_of(dtype);
   return result;
 }
 
@@ -85,8 +100,9 @@ template <class T>
 [[nodiscard]] std::vector<T> widen(const Weight& weight) {
   std::vector<T> values(static_cast<std::size_t>(weight.empty() ? 0 : weight.elements()));
   if (!weight.empty())
-    visit(weight, [&](const auto* pointer) {
-      for (std::size_t i = 0; i < values.size(); ++i) values[i] = linattn::convert<T>(pointer[i]);
+    visit_elements(weight, [&](const auto* pointer) {
+      for (std::size_t i = 0; i < values.size(); ++i)
+        values[i] = linattn::convert<T>(pointer[i]) * static_cast<T>(weight.scale);
     });
   return values;
 }

@@ -237,11 +237,7 @@ std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Comp
       holds(*checkpoint.files_, checkpoint.prefix_ + "decoder.mid_block.attentions.0.query.") ||
       holds(*checkpoint.files_, checkpoint.prefix_ + "encoder.mid_block.attentions.0.query.");
 
-  for (const TensorInfo& info : checkpoint.files_->tensors())
-    if (info.name.starts_with(checkpoint.prefix_) && info.name.ends_with(".scale_weight"))
-      throw std::runtime_error(checkpoint.path().string() + ": tensor '" + info.name +
-                               "': scaled 8-bit weights are not supported; use the 16-bit file of the " +
-                               std::string(wanted.name));
+  checkpoint.takes_f8_ = component == Component::t5;
   return checkpoint;
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -90,14 +91,25 @@ std::string_view first_characters(std::string_view text, std::size_t count) {
 
 // --- the encoders ---
 
+// Sample b of (batch, rows, channels), in memory of its own.
 template <class T>
-struct ClipRows {
-  Tensor<T> hidden, pooled;
-};
+Tensor<T> take_sample(const Tensor<T>& source, Index b) {
+  const auto from = source.template view<3>();
+  Tensor<T> sample({1, from.extent(1), from.extent(2)});
+  std::copy_n(from.pointer(b), sample.elements(), sample.data());
+  return sample;
+}
 
 template <class T>
-ClipRows<T> run_clip(Runtime& rt, const TextSources& sources, Component component,
-                     std::span<const std::string> prompts, const ConditioningOptions& options) {
+struct ClipFeature {
+  Tensor<T> hidden, pooled;  // (1, tokens, channels), (1, 1, width)
+};
+
+// The features of each text; none where the encoder is missing. Every text is encoded alone: the order of the
+// sums in a product depends on its rows, and no text is to depend on the others.
+template <class T>
+std::vector<ClipFeature<T>> run_clip(Runtime& rt, const TextSources& sources, Component component,
+                                     std::span<const std::string> texts, const ConditioningOptions& options) {
   const bool large = component == Component::clip_l;
   const fs::path& path = large ? sources.clip_l : sources.clip_g;
   if (path.empty()) return {};
@@ -116,49 +128,75 @@ ClipRows<T> run_clip(Runtime& rt, const TextSources& sources, Component componen
   const Checkpoint checkpoint = Checkpoint::open(path, component);
   const ClipText<T> model(checkpoint, ClipConfig::of(checkpoint, component));
   const Index length = model.config().positions;
-  std::vector<std::int32_t> ids;
-  for (const std::string& prompt : prompts) {
-    const std::vector<std::int32_t> row =
-        options.official ? official_clip_ids(tokenizer, prompt, pad, length)
-                         : tokenizer.encode_padded(prompt, static_cast<int>(length), pad);
-    ids.insert(ids.end(), row.begin(), row.end());
+  std::vector<ClipFeature<T>> result;
+  for (const std::string& text : texts) {
+    ClipFeatures<T> features =
+        model.encode(rt,
+                     options.official ? official_clip_ids(tokenizer, text, pad, length)
+                                      : tokenizer.encode_padded(text, static_cast<int>(length), pad),
+                     1);
+    result.push_back({std::move(features.hidden),
+                      std::move(model.config().project ? features.projected : features.pooled)});
   }
-  ClipFeatures<T> features = model.encode(rt, ids, static_cast<Index>(prompts.size()));
-  ClipRows<T> rows{std::move(features.hidden), {}};
-  rows.pooled = std::move(model.config().project ? features.projected : features.pooled);
-  return rows;
+  return result;
 }
 
+// T5's features of the texts of each group, padded to one length: by length and text.
 template <class T>
-Tensor<T> run_t5(Runtime& rt, const TextSources& sources, std::span<const std::string> prompts,
+using T5Features = std::map<std::pair<std::size_t, std::string>, Tensor<T>>;
+
+template <class T>
+struct T5Rows {
+  T5Features<T> features;
+  std::vector<std::size_t> lengths;  // of each group
+};
+
+template <class T>
+T5Rows<T> run_t5(Runtime& rt, const TextSources& sources, std::span<const Prompts> groups,
                  const ConditioningOptions& options) {
+  // A pass reads all of the weights: so many texts share one that their activations stay below 1 GB. Few rows
+  // are summed in another order, see run_clip, which the official way can come to.
+  const std::size_t texts_at_once = options.official ? 1 : 16;
   if (options.on_encoder) options.on_encoder(name(Component::t5));
   const T5Tokenizer tokenizer = T5Tokenizer::load(tokenizer_folder(
       sources.tokenizers, "tokenizer_3", name(Component::t5), {"spiece.model", "tokenizer.json"}));
-  std::vector<std::vector<std::int32_t>> rows;
-  std::size_t length = 77;
-  for (const std::string& prompt : prompts) {
-    rows.push_back(options.official ? tokenizer.encode(first_characters(prompt, 226))
-                                    : tokenizer.encode_padded(prompt, static_cast<int>(options.t5_tokens)));
-    length = options.official ? std::max(length, rows.back().size()) : rows.back().size();
-  }
-  std::vector<std::int32_t> ids;
-  for (std::vector<std::int32_t>& row : rows) {
-    row.resize(length, T5Tokenizer::pad_id);
-    ids.insert(ids.end(), row.begin(), row.end());
-  }
   const T5Encoder<T> model(Checkpoint::open(sources.t5, Component::t5));
-  return model.encode(rt, ids, static_cast<Index>(prompts.size()));
+  const auto encode = [&](const std::string& text) {
+    return options.official ? tokenizer.encode(first_characters(text, 226))
+                            : tokenizer.encode_padded(text, static_cast<int>(options.t5_tokens));
+  };
+
+  T5Rows<T> rows;
+  for (const Prompts& group : groups) {
+    std::size_t length = options.official ? 77 : 0;
+    for (const std::string& text : group) length = std::max(length, encode(text).size());
+    for (const std::string& text : group) rows.features[{length, text}];
+    rows.lengths.push_back(length);
+  }
+  for (auto first = rows.features.begin(); first != rows.features.end();) {
+    std::vector<std::int32_t> ids;
+    std::size_t count = 0;
+    const std::size_t length = first->first.first;
+    auto last = first;
+    for (; last != rows.features.end() && count < texts_at_once && last->first.first == length;
+         ++last, ++count) {
+      std::vector<std::int32_t> row = encode(last->first.second);
+      row.resize(length, T5Tokenizer::pad_id);
+      ids.insert(ids.end(), row.begin(), row.end());
+    }
+    const Tensor<T> hidden = model.encode(rt, ids, static_cast<Index>(count));
+    for (Index b = 0; first != last; ++first, ++b) first->second = take_sample(hidden, b);
+  }
+  return rows;
 }
 
-// Copies rows (batch, rows, channels) into a part of the target.
+// Copies (1, rows, channels) into a part of sample b of the target.
 template <class T>
-void place(const Tensor<T>& source, Tensor<T>& target, Index first_row, Index first_channel) {
+void place(const Tensor<T>& source, Tensor<T>& target, Index b, Index first_row, Index first_channel) {
   const auto from = source.template view<3>();
   const auto to = target.template view<3>();
-  for (Index b = 0; b < from.extent(0); ++b)
-    for (Index r = 0; r < from.extent(1); ++r)
-      std::copy_n(from.pointer(b, r), from.extent(2), to.pointer(b, first_row + r, first_channel));
+  for (Index r = 0; r < from.extent(1); ++r)
+    std::copy_n(from.pointer(0, r), from.extent(2), to.pointer(b, first_row + r, first_channel));
 }
 
 [[noreturn]] void wrong_width(std::string_view encoders, const char* what, Index got, Index expected) {
@@ -197,57 +235,76 @@ std::vector<std::int32_t> official_clip_ids(const ClipTokenizer& tokenizer, std:
 }
 
 template <class T>
-Conditioning<T> encode_prompts(Runtime& rt, const TextSources& sources, std::span<const std::string> prompts,
-                               Index context_width, Index pooled_width, const ConditioningOptions& options) {
+std::vector<Conditioning<T>> encode_prompts(Runtime& rt, const TextSources& sources,
+                                            std::span<const Prompts> groups, Index context_width,
+                                            Index pooled_width, const ConditioningOptions& options) {
   constexpr Index clip_tokens = 77;
-  const Index batch = static_cast<Index>(prompts.size());
-  Index t5_tokens = options.official ? clip_tokens : options.t5_tokens;
-  if (batch < 1 || t5_tokens < 1) throw std::runtime_error("no prompt, or no T5 token, to encode");
+  std::vector<std::string> texts;  // that differ
+  for (const Prompts& group : groups) texts.insert(texts.end(), group.begin(), group.end());
+  std::sort(texts.begin(), texts.end());
+  texts.erase(std::unique(texts.begin(), texts.end()), texts.end());
+  if (std::any_of(groups.begin(), groups.end(), [](const Prompts& group) { return group.empty(); }) ||
+      texts.empty() || options.t5_tokens < 1)
+    throw std::runtime_error("no prompt, or no T5 token, to encode");
 
   // T5 is by far the largest: it comes first, when nothing else is held.
-  Tensor<T> t5;
+  T5Rows<T> t5;
   if (!sources.t5.empty()) {
-    t5 = run_t5<T>(rt, sources, prompts, options);
-    t5_tokens = t5.extent(1);
-    if (t5.extent(2) != context_width)
-      wrong_width(name(Component::t5), "channels", t5.extent(2), context_width);
+    t5 = run_t5<T>(rt, sources, groups, options);
+    if (const Index width = t5.features.begin()->second.extent(2); width != context_width)
+      wrong_width(name(Component::t5), "channels", width, context_width);
   }
-  const ClipRows<T> l = run_clip<T>(rt, sources, Component::clip_l, prompts, options);
-  const ClipRows<T> g = run_clip<T>(rt, sources, Component::clip_g, prompts, options);
+  const std::vector<ClipFeature<T>> l = run_clip<T>(rt, sources, Component::clip_l, texts, options);
+  const std::vector<ClipFeature<T>> g = run_clip<T>(rt, sources, Component::clip_g, texts, options);
 
   // Where L is missing, its place is what G leaves of the pooled width.
-  const Index l_width = !l.pooled.empty()  ? l.pooled.extent(2)
-                        : g.pooled.empty() ? 0
-                                           : pooled_width - g.pooled.extent(2);
-  const Index l_channels = l.hidden.empty() ? l_width : l.hidden.extent(2);
-  const Index g_width = g.pooled.empty() ? pooled_width - l_width : g.pooled.extent(2);
-  const Index g_channels = g.hidden.empty() ? 0 : g.hidden.extent(2);
+  const Index l_width = !l.empty()  ? l[0].pooled.extent(2)
+                        : g.empty() ? 0
+                                    : pooled_width - g[0].pooled.extent(2);
+  const Index l_channels = l.empty() ? l_width : l[0].hidden.extent(2);
+  const Index g_width = g.empty() ? pooled_width - l_width : g[0].pooled.extent(2);
+  const Index g_channels = g.empty() ? 0 : g[0].hidden.extent(2);
   if (l_width < 0 || g_width < 0 || l_width + g_width != pooled_width)
     wrong_width("CLIP text encoders", "pooled channels", l_width + g_width, pooled_width);
   if (l_channels + g_channels > context_width)
     wrong_width("CLIP text encoders", "channels", l_channels + g_channels, context_width);
-  for (const ClipRows<T>* clip : {&l, &g})
-    if (!clip->hidden.empty() && clip->hidden.extent(1) != clip_tokens)
-      wrong_width("CLIP text encoders", "positions", clip->hidden.extent(1), clip_tokens);
+  for (const auto* clip : {&l, &g})
+    if (!clip->empty() && (*clip)[0].hidden.extent(1) != clip_tokens)
+      wrong_width("CLIP text encoders", "positions", (*clip)[0].hidden.extent(1), clip_tokens);
 
-  Conditioning<T> result{Tensor<T>::zeros({batch, clip_tokens + t5_tokens, context_width}),
-                         Tensor<T>::zeros({batch, 1, pooled_width})};
-  if (!l.hidden.empty()) {
-    place(l.hidden, result.context, 0, 0);
-    place(l.pooled, result.pooled, 0, 0);
+  std::vector<Conditioning<T>> results;
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    const Index batch = static_cast<Index>(groups[i].size());
+    const Index t5_tokens = !t5.lengths.empty() ? static_cast<Index>(t5.lengths[i])
+                            : options.official  ? clip_tokens
+                                                : options.t5_tokens;
+    Conditioning<T> result{Tensor<T>::zeros({batch, clip_tokens + t5_tokens, context_width}),
+                           Tensor<T>::zeros({batch, 1, pooled_width})};
+    for (Index b = 0; b < batch; ++b) {
+      const std::string& text = groups[i][static_cast<std::size_t>(b)];
+      const auto at =
+          static_cast<std::size_t>(std::lower_bound(texts.begin(), texts.end(), text) - texts.begin());
+      if (!l.empty()) {
+        place(l[at].hidden, result.context, b, 0, 0);
+        place(l[at].pooled, result.pooled, b, 0, 0);
+      }
+      if (!g.empty()) {
+        place(g[at].hidden, result.context, b, 0, l_channels);
+        place(g[at].pooled, result.pooled, b, 0, l_width);
+      }
+      if (!t5.lengths.empty())
+        place(t5.features.at({t5.lengths[i], text}), result.context, b, clip_tokens, 0);
+    }
+    results.push_back(std::move(result));
   }
-  if (!g.hidden.empty()) {
-    place(g.hidden, result.context, 0, l_channels);
-    place(g.pooled, result.pooled, 0, l_width);
-  }
-  if (!t5.empty()) place(t5, result.context, clip_tokens, 0);
-  return result;
+  return results;
 }
 
-template Conditioning<float> encode_prompts<float>(Runtime&, const TextSources&, std::span<const std::string>,
-                                                   Index, Index, const ConditioningOptions&);
-template Conditioning<double> encode_prompts<double>(Runtime&, const TextSources&,
-                                                     std::span<const std::string>, Index, Index,
-                                                     const ConditioningOptions&);
+template std::vector<Conditioning<float>> encode_prompts<float>(Runtime&, const TextSources&,
+                                                                std::span<const Prompts>, Index, Index,
+                                                                const ConditioningOptions&);
+template std::vector<Conditioning<double>> encode_prompts<double>(Runtime&, const TextSources&,
+                                                                  std::span<const Prompts>, Index, Index,
+                                                                  const ConditioningOptions&);
 
 }  // namespace sd35

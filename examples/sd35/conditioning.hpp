@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "clip_tokenizer.hpp"
@@ -37,16 +38,29 @@ struct Conditioning {
   Tensor<T> pooled;   // (prompts, 1, pooled width)
 };
 
-// Rows of context: first the tokens of CLIP, channels L | G | zeros, then those of T5. pooled is L | G. An
-// encoder that is missing leaves zeros in its place. The encoders are loaded, run on all prompts at once, and
-// released one after the other. The widths are those that the transformer takes.
-// The official way: T5 gets max(77, tokens) of the prompt's first 226 characters (several prompts are padded to
-// the longest), and CLIP official_clip_ids.
+// What goes through the transformer together: a prompt, and with guidance its negative prompt.
+using Prompts = std::vector<std::string>;
+
+// A conditioning for each group of prompts, a row a prompt. Rows of context: first the tokens of CLIP, channels
+// L | G | zeros, then those of T5. pooled is L | G. An encoder that is missing leaves zeros in its place. The
+// encoders are loaded one after the other, run on every prompt that differs, and are released. The widths are
+// those that the transformer takes. A group gets the same bits whatever others come with it.
+// The official way: T5 gets max(77, tokens) of the prompt's first 226 characters (the prompts of a group are padded
+// to the longest), and CLIP official_clip_ids.
 // Throws std::runtime_error where a file is missing or does not fit the widths.
 template <class T>
-[[nodiscard]] Conditioning<T> encode_prompts(Runtime& rt, const TextSources& sources,
-                                             std::span<const std::string> prompts, Index context_width,
-                                             Index pooled_width, const ConditioningOptions& options = {});
+[[nodiscard]] std::vector<Conditioning<T>> encode_prompts(Runtime& rt, const TextSources& sources,
+                                                          std::span<const Prompts> groups,
+                                                          Index context_width, Index pooled_width,
+                                                          const ConditioningOptions& options = {});
+// Of one group.
+template <class T>
+[[nodiscard]] Conditioning<T> encode_prompts(Runtime& rt, const TextSources& sources, const Prompts& prompts,
+                                             Index context_width, Index pooled_width,
+                                             const ConditioningOptions& options = {}) {
+  return std::move(
+      encode_prompts<T>(rt, sources, std::span(&prompts, 1), context_width, pooled_width, options).front());
+}
 
 // The ids that the official code gives CLIP for a row of `length`: `(text:1.3)` loses its parentheses and its
 // weight (`\(` and `\)` are plain), the text is cut at spaces, and each word is tokenized alone. Words fill

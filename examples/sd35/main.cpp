@@ -10,6 +10,7 @@
 #include <new>
 #include <random>
 #include <string>
+#include <vector>
 
 #include "nn/progress.hpp"
 #include "pipeline.hpp"
@@ -24,15 +25,19 @@ constexpr const char* examples = R"(Examples:
       --t5xxl t5xxl_fp16.safetensors --tokenizers stable-diffusion-3.5-large -W 1024 -H 768 -p "..."
   a checkpoint that linattn-inherit wrote: its linear attention runs by itself
     linattn-sd35 -m medium-t5 -p "..." --steps 28 --cfg-scale 4.5 --seed 7 --json
-Exit code: 0 when the picture is written, 2 after an error, which stderr states in one sentence.)";
+  another picture to start from; four pictures; a picture for each line of a file
+    linattn-sd35 -m medium -p "a lighthouse in winter" -i lighthouse.jpg --strength 0.6
+    linattn-sd35 -m medium -p "a lighthouse" -b 4 -o lighthouse_%02d.png
+    linattn-sd35 -m medium --prompt-file prompts.txt -o picture.png
+Exit code: 0 when the pictures are written, 2 after an error, which stderr states in one sentence.)";
 
 struct Arguments {
   sd35::ModelFiles files;
   sd35::PictureOptions picture;
-  std::filesystem::path output = "output.png";
+  std::filesystem::path output = "output.png", prompt_file;
   std::string method = "euler", scheduler = "sd3";
   std::int64_t seed = 42;
-  int threads = 0;
+  int threads = 0, batch_count = 1;
   bool verbose = false, json = false;
 };
 
@@ -52,7 +57,10 @@ void add_options(CLI::App& app, Arguments& a) {
       ->group(model);
 
   const char* const picture = "Picture";
-  app.add_option("-p,--prompt", a.picture.prompt, "what to draw")->required()->group(picture);
+  CLI::App* const source = app.add_option_group("prompts")->require_option(1);
+  source->add_option("-p,--prompt", a.picture.prompt, "what to draw")->group(picture);
+  source->add_option("--prompt-file", a.prompt_file, "a picture for each line; # begins a comment")
+      ->group(picture);
   app.add_option("-n,--negative-prompt", a.picture.negative_prompt, "what to stay away from")->group(picture);
   app.add_option("-W,--width", a.picture.width, "in pixels (default: 1024, or what the model can)")
       ->group(picture);
@@ -65,7 +73,22 @@ void add_options(CLI::App& app, Arguments& a) {
   app.add_option("-s,--seed", a.seed, "of the noise, that of torch on the CPU; below 0: a random one")
       ->capture_default_str()
       ->group(picture);
-  app.add_option("-o,--output", a.output, "PNG file to write")->capture_default_str()->group(picture);
+  app.add_option("-b,--batch-count", a.batch_count, "pictures a prompt, with the seeds that follow")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 100000))
+      ->group(picture);
+  app.add_option("-o,--output", a.output,
+                 "PNG file to write; of several pictures, %d or %03d in it is their number from 0")
+      ->capture_default_str()
+      ->group(picture);
+  app.add_option(
+         "-i,--init-img", a.picture.init_image,
+         "PNG or JPEG to start from: scaled to cover -W x -H and cut, or in its own size without them")
+      ->group(picture);
+  app.add_option("--strength", a.picture.strength,
+                 "of the change to --init-img, up to 1: the part of the steps")
+      ->capture_default_str()
+      ->group(picture);
 
   const char* const sampling = "Sampling";
   app.add_option("--steps", a.picture.steps, "default: 40 (Medium), 28 (Large), 4 (Turbo)")->group(sampling);
@@ -101,14 +124,20 @@ void add_options(CLI::App& app, Arguments& a) {
       ->capture_default_str()
       ->check(CLI::Range(0, 4096))
       ->group(run);
+  app.add_flag(
+         "--vae-tiling", a.picture.vae_tiling,
+         "decode in bands of rows: less memory, more time, the same picture; beyond 1024 x 1024 by itself")
+      ->group(run);
   app.add_flag("-v,--verbose", a.verbose, "print the times of all stages")->group(run);
-  app.add_flag("--json", a.json, "print the result as JSON on stdout")->group(run);
+  app.add_flag("--json", a.json, "print the result as JSON on stdout, of several pictures a line each")
+      ->group(run);
   app.footer(examples);
 }
 
-nlohmann::ordered_json report(const sd35::Picture& picture, const Arguments& a, sd35::Index threads) {
+nlohmann::ordered_json report(const sd35::Picture& picture, const std::filesystem::path& output,
+                              sd35::Index threads) {
   const sd35::PictureOptions& options = picture.options;
-  nlohmann::ordered_json json{{"output", a.output.string()},
+  nlohmann::ordered_json json{{"output", output.string()},
                               {"model", picture.model},
                               {"attention_modules", picture.modules},
                               {"linear_attention_modules", picture.converted_modules},
@@ -124,8 +153,12 @@ nlohmann::ordered_json report(const sd35::Picture& picture, const Arguments& a, 
                               {"flow_shift", options.flow_shift},
                               {"official", options.official},
                               {"slg_scale", options.skip_layers.scale},
-                              {"threads", threads},
-                              {"seconds", nlohmann::ordered_json::object()}};
+                              {"threads", threads}};
+  if (!options.init_image.empty()) {
+    json["init_image"] = options.init_image.string();
+    json["strength"] = options.strength;
+  }
+  json["seconds"] = nlohmann::ordered_json::object();
   double total = 0;
   for (const sd35::Stage& stage : picture.stages) {
     json["seconds"][stage.name] = stage.seconds;
@@ -136,11 +169,23 @@ nlohmann::ordered_json report(const sd35::Picture& picture, const Arguments& a, 
   return json;
 }
 
+// Every prompt with every seed.
+std::vector<sd35::Subject> subjects_of(const Arguments& a) {
+  const std::uint64_t seed = a.seed >= 0 ? static_cast<std::uint64_t>(a.seed) : std::random_device()();
+  std::vector<sd35::Subject> subjects;
+  for (const std::string& prompt :
+       a.prompt_file.empty() ? std::vector<std::string>{a.picture.prompt} : sd35::read_prompts(a.prompt_file))
+    for (int i = 0; i < a.batch_count; ++i)
+      subjects.push_back({prompt, seed + static_cast<std::uint64_t>(i)});
+  return subjects;
+}
+
 int run(Arguments& a) {
   a.picture.method = sd35::parse_method(a.method);
   a.picture.scheduler = sd35::parse_scheduler(a.scheduler);
-  a.picture.seed = a.seed >= 0 ? static_cast<std::uint64_t>(a.seed) : std::random_device()();
-  sd35::expect_writable(a.output);
+  const std::vector<sd35::Subject> subjects = subjects_of(a);
+  const std::size_t count = subjects.size();
+  sd35::expect_writable(sd35::output_path(a.output, 0, count));
 
   sd35::Runtime rt(a.threads);
   sd35::ProgressBar bar;
@@ -158,21 +203,29 @@ int run(Arguments& a) {
     if (step == 0) bar.begin();
     bar.show(step, steps);
   };
-  sd35::Picture picture = make_picture(rt, a.files, a.picture, progress);
-  write_png(a.output, picture.image, {{"parameters", picture.parameters()}, {"Software", "linattn"}});
-
-  if (a.verbose) {
-    std::fprintf(stderr, "%s, %td of %td attentions linear, %td threads\n", picture.model.c_str(),
-                 picture.converted_modules, picture.modules, rt.workers());
-    for (const sd35::Stage& stage : picture.stages)
-      std::fprintf(stderr, "  %-10s %8.3f s\n", stage.name.c_str(), stage.seconds);
-  }
-  if (a.json)
-    std::cout
-        << report(picture, a, rt.workers()).dump(2, ' ', false, nlohmann::json::error_handler_t::replace)
-        << std::endl;
-  else
-    std::cout << a.output.string() << std::endl;
+  std::size_t index = 0;
+  progress.on_picture = [&](std::size_t picture, std::size_t pictures) {
+    index = picture;
+    if (pictures > 1)
+      std::fprintf(stderr, "picture %zu of %zu, seed %llu: %s\n", picture + 1, pictures,
+                   static_cast<unsigned long long>(subjects[picture].seed), subjects[picture].prompt.c_str());
+  };
+  make_pictures(rt, a.files, a.picture, subjects, progress, [&](const sd35::Picture& picture) {
+    const std::filesystem::path output = sd35::output_path(a.output, index, count);
+    write_png(output, picture.image, {{"parameters", picture.parameters()}, {"Software", "linattn"}});
+    if (a.verbose) {
+      std::fprintf(stderr, "%s, %td of %td attentions linear, %td threads\n", picture.model.c_str(),
+                   picture.converted_modules, picture.modules, rt.workers());
+      for (const sd35::Stage& stage : picture.stages)
+        std::fprintf(stderr, "  %-10s %8.3f s\n", stage.name.c_str(), stage.seconds);
+    }
+    if (a.json)
+      std::cout << report(picture, output, rt.workers())
+                       .dump(count > 1 ? -1 : 2, ' ', false, nlohmann::json::error_handler_t::replace)
+                << std::endl;
+    else
+      std::cout << output.string() << std::endl;
+  });
   return 0;
 }
 

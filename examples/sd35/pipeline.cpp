@@ -10,6 +10,8 @@
 #include <linattn/weights/random.hpp>
 
 #include "embeddings.hpp"
+#include "nn/resize.hpp"
+#include "nn/small_file.hpp"
 #include "vae.hpp"
 
 namespace sd35 {
@@ -56,6 +58,22 @@ Index side(std::optional<Index> wanted, const char* name, Index unit, Index most
   return value;
 }
 
+std::string size_text(Index width, Index height) {
+  return std::to_string(width) + " x " + std::to_string(height);
+}
+
+// Scaled until it covers the size, where that is another, and cut to it evenly.
+Image cover(const Image& image, Index width, Index height) {
+  const double scale = std::max(static_cast<double>(width) / static_cast<double>(image.width),
+                                static_cast<double>(height) / static_cast<double>(image.height));
+  const auto scaled = [&](Index side, Index least) {
+    return std::max(least, static_cast<Index>(std::lround(static_cast<double>(side) * scale)));
+  };
+  const Index large = scaled(image.width, width), tall = scaled(image.height, height);
+  const Image resized = resize(image, large, tall);
+  return crop(resized, (large - width) / 2, (tall - height) / 2, width, height);
+}
+
 }  // namespace
 
 template <class T>
@@ -97,7 +115,7 @@ void sample(Runtime& rt, const Mmdit<T>& transformer, const Conditioning<T>& tex
       guide<T>(cond, span(v.data() + elements), options.cfg_scale, guided);
     else
       std::copy(cond.begin(), cond.end(), guided.begin());
-    if (options.skip_layers.active(step, steps)) {
+    if (options.skip_layers.active(step, options.schedule > 0 ? options.schedule : steps)) {
       transformer.forward(rt, latent, slice<0>(context.template view<3>(), 0, 1), modulations, step * batch,
                           options.skip_layers.layers, skipped.template view<4>());
       guide_skip_layer<T>(cond, span(skipped.data()), options.skip_layers.scale, guided);
@@ -128,19 +146,24 @@ std::string Picture::parameters() const {
     for (const int layer : slg.layers) text << " " << layer;
   }
   if (options.official) text << ", Text and colours: official";
+  if (!options.init_image.empty())
+    text << ", Denoising strength: " << options.strength
+         << ", Initial picture: " << options.init_image.filename().string();
   text << ", Version: linattn " << LINATTN_VERSION_MAJOR << "." << LINATTN_VERSION_MINOR;
   return text.str();
 }
 
-Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions& options,
-                     const Progress& progress) {
-  Picture picture;
-  picture.options = options;
+void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& options,
+                   std::span<const Subject> subjects, const Progress& progress,
+                   const std::function<void(Picture)>& done) {
+  if (subjects.empty()) throw std::runtime_error("no prompt was given");
+  Picture common;  // what the pictures share
+  common.options = options;
   std::optional<Stopwatch> watch;
-  const auto begin = [&](const char* stage) {
-    if (watch) picture.stages.back().seconds = watch->seconds();
+  const auto begin = [&](std::vector<Stage>& stages, const char* stage) {
+    if (watch && !stages.empty()) stages.back().seconds = watch->seconds();
     if (progress.on_stage) progress.on_stage(stage);
-    picture.stages.push_back({stage, 0});
+    stages.push_back({stage, 0});
     watch.emplace();
   };
   const auto note = [&](const std::string& text) {
@@ -148,7 +171,7 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
   };
 
   // Everything that can be wrong with files and options shows here, before the long work.
-  begin("load");
+  begin(common.stages, "load");
   const auto find = [&](const fs::path& path, Component component, const char* option) {
     const fs::path& from = path.empty() ? files.model : path;
     if (from.empty())
@@ -157,25 +180,43 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
   };
   const Mmdit<float> transformer(find(files.transformer, Component::transformer, "--diffusion-model"));
   const Checkpoint vae_file = find(files.vae, Component::vae, "--vae");
-  const VaeDecoder<float> vae(vae_file, VaeConfig::of(vae_file));
+  const VaeConfig vae_config = VaeConfig::of(vae_file);
+  const VaeDecoder<float> vae(vae_file, vae_config);
   const MmditConfig& config = transformer.config();
   const Defaults defaults = defaults_of(config, options.turbo);
-  picture.model = defaults.name;
-  picture.modules = transformer.modules();
-  picture.converted_modules = transformer.converted_modules();
+  common.model = defaults.name;
+  common.modules = transformer.modules();
+  common.converted_modules = transformer.converted_modules();
   if (vae.latent_channels() != config.in_channels || config.in_channels != config.out_channels)
     throw std::runtime_error("the VAE has " + std::to_string(vae.latent_channels()) +
                              " latent channels, but the transformer " + std::to_string(config.in_channels) +
                              " and " + std::to_string(config.out_channels));
 
-  PictureOptions& chosen = picture.options;
+  PictureOptions& chosen = common.options;
   const Index unit = vae.factor() * config.patch;
-  chosen.width = side(options.width, "width", unit, config.position_grid);
-  chosen.height = side(options.height, "height", unit, config.position_grid);
+  Image init;
+  std::optional<VaeEncoder<float>> encoder;
+  if (!options.init_image.empty()) {
+    init = read_image(options.init_image);
+    encoder.emplace(vae_file, vae_config);
+    if (encoder->latent_channels() != config.in_channels || encoder->factor() != vae.factor())
+      throw std::runtime_error(vae_file.path().string() + ": the VAE's encoder does not fit its decoder");
+    if (!options.width && !options.height) {
+      if (init.width < unit || init.height < unit)
+        throw std::runtime_error(options.init_image.string() + ": " + size_text(init.width, init.height) +
+                                 " pixels, at least " + size_text(unit, unit) + " are needed");
+      chosen.width = init.width / unit * unit;
+      chosen.height = init.height / unit * unit;
+    }
+  }
+  chosen.width = side(chosen.width, "width", unit, config.position_grid);
+  chosen.height = side(chosen.height, "height", unit, config.position_grid);
   chosen.steps = options.steps.value_or(defaults.steps);
   chosen.cfg_scale = options.cfg_scale.value_or(defaults.cfg_scale);
   if (!std::isfinite(*chosen.cfg_scale)) throw std::runtime_error("cfg scale: a number is needed");
-  const std::vector<double> levels = sigmas(options.scheduler, *chosen.steps, options.flow_shift);
+  std::vector<double> levels = sigmas(options.scheduler, *chosen.steps, options.flow_shift);
+  if (encoder) levels = remaining_sigmas(levels, options.strength);
+  const int steps = static_cast<int>(levels.size()) - 1;
   if (options.skip_layers.scale != 0)
     for (const int layer : options.skip_layers.layers)
       if (layer < 0 || layer >= config.depth)
@@ -192,7 +233,8 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
         "(merges.txt, spiece.model) of stabilityai/stable-diffusion-3.5-medium on Hugging Face and name "
         "their "
         "folder with --tokenizers");
-  const auto encoder = [&](const fs::path& path, Component component, const char* option, fs::path& out) {
+  const auto find_encoder = [&](const fs::path& path, Component component, const char* option,
+                                fs::path& out) {
     if (!path.empty()) {
       (void)Checkpoint::open(path, component);
       out = path;
@@ -202,39 +244,114 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
       note("no " + std::string(name(component)) + " (" + option + "): its features are zeros");
     }
   };
-  encoder(files.clip_l, Component::clip_l, "--clip_l", sources.clip_l);
-  encoder(files.clip_g, Component::clip_g, "--clip_g", sources.clip_g);
-  encoder(files.t5, Component::t5, "--t5xxl", sources.t5);
+  find_encoder(files.clip_l, Component::clip_l, "--clip_l", sources.clip_l);
+  find_encoder(files.clip_g, Component::clip_g, "--clip_g", sources.clip_g);
+  find_encoder(files.t5, Component::t5, "--t5xxl", sources.t5);
   if (sources.clip_l.empty() && sources.clip_g.empty() && sources.t5.empty())
     throw std::runtime_error(
         "no text encoder was found: name at least one with --clip_l, --clip_g or --t5xxl");
 
-  begin("text");
-  std::vector<std::string> prompts{options.prompt};
-  if (*chosen.cfg_scale > 1) prompts.push_back(options.negative_prompt);
-  const Conditioning<float> text =
+  begin(common.stages, "text");
+  std::vector<Prompts> prompts;
+  for (const Subject& subject : subjects) {
+    prompts.push_back({subject.prompt});
+    if (*chosen.cfg_scale > 1) prompts.back().push_back(options.negative_prompt);
+  }
+  const std::vector<Conditioning<float>> texts =
       encode_prompts<float>(rt, sources, prompts, config.context_width, config.pooled_width,
                             {.official = options.official, .on_encoder = progress.on_encoder});
 
-  begin("sampling");
-  Tensor<float> latent({1, config.in_channels, *chosen.height / vae.factor(), *chosen.width / vae.factor()});
-  linattn::TorchGenerator(options.seed).normal({latent.data(), static_cast<std::size_t>(latent.elements())});
-  for (Index i = 0; i < latent.elements(); ++i) latent.data()[i] *= static_cast<float>(levels[0]);
-  if (progress.on_step) progress.on_step(0, *chosen.steps);
-  sample<float>(rt, transformer, text, levels, {options.method, *chosen.cfg_scale, options.skip_layers},
-                latent.view<4>(), [&](int step, auto, auto) {
-                  if (progress.on_step) progress.on_step(step + 1, *chosen.steps);
-                });
-  begin("decode");
-  const Tensor<float> pixels = vae.decode(rt, std::as_const(latent).view<4>());
-  if (pixels.extent(3) != 3)
-    throw std::runtime_error("the VAE makes pictures of " + std::to_string(pixels.extent(3)) +
-                             " colours, not 3");
-  picture.image = to_image<float>({pixels.data(), static_cast<std::size_t>(pixels.elements())}, *chosen.width,
-                                  *chosen.height, options.official ? Rounding::down : Rounding::nearest);
-  picture.stages.back().seconds = watch->seconds();
-  picture.seconds_a_step = picture.stages[2].seconds / *chosen.steps;
-  return picture;
+  const VaeMemory memory = options.vae_tiling ? VaeMemory::bands : VaeMemory::automatic;
+  const Index rows = *chosen.height / vae.factor(), columns = *chosen.width / vae.factor();
+  Tensor<float> init_latent;
+  if (encoder) {
+    begin(common.stages, "encode");
+    const bool own_size = !options.width && !options.height;
+    init = own_size ? crop(init, (init.width - *chosen.width) / 2, (init.height - *chosen.height) / 2,
+                           *chosen.width, *chosen.height)
+                    : cover(init, *chosen.width, *chosen.height);
+    std::vector<float> pixels(init.rgb.size());
+    std::transform(init.rgb.begin(), init.rgb.end(), pixels.begin(),
+                   [](std::uint8_t value) { return static_cast<float>(value) / 127.5f - 1; });
+    const TensorView<const float, 4> view{
+        pixels.data(), {1, 3, init.height, init.width}, {init.height * init.width * 3, 1, init.width * 3, 3}};
+    init_latent = encoder->latent(encoder->moments(rt, view, {}, memory));
+    encoder.reset();
+  }
+  common.stages.back().seconds = watch->seconds();
+
+  for (std::size_t i = 0; i < subjects.size(); ++i) {
+    if (progress.on_picture) progress.on_picture(i, subjects.size());
+    Picture picture = common;
+    picture.options.prompt = subjects[i].prompt;
+    picture.options.seed = subjects[i].seed;
+    watch.reset();
+    begin(picture.stages, "sampling");
+    const auto values = [](Tensor<float>& tensor) {
+      return std::span<float>(tensor.data(), static_cast<std::size_t>(tensor.elements()));
+    };
+    Tensor<float> noise({1, config.in_channels, rows, columns});
+    linattn::TorchGenerator(subjects[i].seed).normal(values(noise));
+    Tensor<float> latent = init_latent.empty() ? Tensor<float>::zeros(noise.shape()) : init_latent.clone();
+    add_noise<float>(levels[0], values(noise), values(latent));
+    if (progress.on_step) progress.on_step(0, steps);
+    sample<float>(rt, transformer, texts[i], levels,
+                  {options.method, *chosen.cfg_scale, options.skip_layers, *chosen.steps}, latent.view<4>(),
+                  [&](int step, auto, auto) {
+                    if (progress.on_step) progress.on_step(step + 1, steps);
+                  });
+    picture.seconds_a_step = watch->seconds() / steps;
+    begin(picture.stages, "decode");
+    const Tensor<float> pixels = vae.decode(rt, std::as_const(latent).view<4>(), {}, memory);
+    if (pixels.extent(3) != 3)
+      throw std::runtime_error("the VAE makes pictures of " + std::to_string(pixels.extent(3)) +
+                               " colours, not 3");
+    picture.image =
+        to_image<float>({pixels.data(), static_cast<std::size_t>(pixels.elements())}, *chosen.width,
+                        *chosen.height, options.official ? Rounding::down : Rounding::nearest);
+    picture.stages.back().seconds = watch->seconds();
+    done(std::move(picture));
+  }
+}
+
+Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions& options,
+                     const Progress& progress) {
+  Picture result;
+  const Subject subject{options.prompt, options.seed};
+  make_pictures(rt, files, options, std::span(&subject, 1), progress,
+                [&](Picture picture) { result = std::move(picture); });
+  return result;
+}
+
+std::vector<std::string> read_prompts(const fs::path& path) {
+  constexpr std::uintmax_t limit = 16 << 20;
+  constexpr std::string_view blanks = " \t\r";
+  std::istringstream text(read_small_file(path, limit, "a list of prompts"));
+  std::vector<std::string> prompts;
+  for (std::string line; std::getline(text, line);) {
+    const std::size_t first = line.find_first_not_of(blanks);
+    if (first == std::string::npos || line[first] == '#') continue;
+    prompts.push_back(line.substr(first, line.find_last_not_of(blanks) - first + 1));
+  }
+  if (prompts.empty()) fail(path, "holds no prompt");
+  return prompts;
+}
+
+fs::path output_path(const fs::path& pattern, std::size_t index, std::size_t count) {
+  if (count <= 1) return pattern;
+  std::string file = pattern.filename().string(), number = std::to_string(index);
+  const auto padded = [&](std::size_t digits) {
+    return std::string(digits > number.size() ? digits - number.size() : 0, '0') + number;
+  };
+  for (std::size_t at = file.find('%'); at != std::string::npos; at = file.find('%', at + 1)) {
+    // %d, %3d and %03d; the blanks of %3d would be a nuisance in a name.
+    std::size_t end = at + 1, digits = 0;
+    while (end < file.size() && file[end] >= '0' && file[end] <= '9' && digits < 10)
+      digits = 10 * digits + static_cast<std::size_t>(file[end++] - '0');
+    if (end < file.size() && file[end] == 'd')
+      return pattern.parent_path() / file.replace(at, end + 1 - at, padded(digits));
+  }
+  return pattern.parent_path() / (pattern.stem().string() + "_" + padded(3) + pattern.extension().string());
 }
 
 }  // namespace sd35

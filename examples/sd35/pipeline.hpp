@@ -24,6 +24,7 @@ struct SamplingOptions {
   Method method = Method::euler;
   double cfg_scale = 4.5;  // 1 or less: no guidance, the first prompt alone
   SkipLayerGuidance skip_layers{};
+  int schedule = 0;  // the steps that its fractions count, where the run takes but the last of them; 0: all
 };
 
 /// Sees every step: its input, and the denoised latent after guidance.
@@ -60,8 +61,16 @@ struct PictureOptions {
   double flow_shift = 3;
   SkipLayerGuidance skip_layers{};
   bool turbo = false;
-  bool official =
-      false;  // text and colours as the official code has them: ConditioningOptions, Rounding::down
+  // Text and colours as the official code has them: ConditioningOptions, Rounding::down.
+  bool official = false;
+  // A PNG or JPEG to start from instead of noise alone: the last `strength` of the steps work on it. Without width
+  // and height the picture has its size, cut to what the model can; with them it is scaled to cover that size.
+  // Either way what stands out is cut off evenly.
+  std::filesystem::path init_image{};
+  double strength = 0.75;
+  // The VAE decodes in bands, which takes less memory and more time for the same picture: as the size needs it,
+  // or always.
+  bool vae_tiling = false;
 };
 
 /// Seconds that a stage took.
@@ -72,10 +81,10 @@ struct Stage {
 
 struct Picture {
   Image image;
-  PictureOptions options;  // with every default filled in
+  PictureOptions options;  // with every default filled in, and the picture's own prompt and seed
   std::string model;       // "SD3.5 Medium", ...
   Index modules = 0, converted_modules = 0;
-  std::vector<Stage> stages;
+  std::vector<Stage> stages;  // load, text and encode are those of all pictures that were made together
   double seconds_a_step = 0;
 
   /// Everything needed to make the picture again, as other Stable Diffusion programs write it into a PNG:
@@ -89,12 +98,34 @@ struct Progress {
   std::function<void(std::string_view encoder)> on_encoder;  // before each is loaded
   std::function<void(std::string_view note)> on_note;        // something the user should know
   std::function<void(int step, int steps)> on_step;          // after each; 0 before the first
+  std::function<void(std::size_t picture, std::size_t pictures)> on_picture;  // before each, from 0
 };
 
-/// Loads, encodes the prompts, releases the encoders, runs the transformer, decodes. The same options give the
-/// same picture, byte for byte, with any number of threads. Throws std::runtime_error with one sentence: a
-/// size that the model cannot do, a file or tensor that is missing or of another family.
+/// What one of several pictures has of its own.
+struct Subject {
+  std::string prompt;
+  std::uint64_t seed = 42;
+};
+
+/// Loads, encodes all prompts, releases the encoders, then runs the transformer and decodes, subject by subject;
+/// `done` gets each picture as it is ready. The options' own prompt and seed are not looked at. The same options
+/// and subject give the same picture, byte for byte, with any number of threads and beside any other subjects.
+/// Throws std::runtime_error with one sentence: a size that the model cannot do, a file or tensor that is missing
+/// or of another family.
+void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& options,
+                   std::span<const Subject> subjects, const Progress& progress,
+                   const std::function<void(Picture picture)>& done);
+/// The one picture of the options' prompt and seed.
 [[nodiscard]] Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions& options,
                                    const Progress& progress = {});
+
+/// The prompts of a text file, a line each: without blanks around them, empty lines, and lines that begin with #.
+/// Throws std::runtime_error that names the file where there is none.
+[[nodiscard]] std::vector<std::string> read_prompts(const std::filesystem::path& path);
+
+/// The file of picture `index` of `count`: `pattern` itself for a single one; else with the index, from 0, in the
+/// place of a %d or %03d in the file's name, or as _000 before the extension.
+[[nodiscard]] std::filesystem::path output_path(const std::filesystem::path& pattern, std::size_t index,
+                                                std::size_t count);
 
 }  // namespace sd35

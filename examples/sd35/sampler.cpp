@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <stdexcept>
 #include <utility>
 
@@ -61,6 +62,24 @@ std::vector<double> sigmas(Scheduler scheduler, int steps, double shift) {
   return result;
 }
 
+std::vector<double> remaining_sigmas(const std::vector<double>& sigmas, double strength) {
+  if (!(strength > 0) || !(strength <= 1))
+    throw std::runtime_error("strength: a number above 0 and at most 1 is needed, got " +
+                             std::to_string(strength));
+  const auto steps = static_cast<double>(sigmas.size() - 1);
+  const auto skipped = static_cast<std::ptrdiff_t>(steps * (1 - strength));
+  if (skipped + 1 >= static_cast<std::ptrdiff_t>(sigmas.size()))
+    throw std::runtime_error("strength " + std::to_string(strength) + " of " +
+                             std::to_string(sigmas.size() - 1) + " steps leaves no step to take");
+  return {sigmas.begin() + skipped, sigmas.end()};
+}
+
+template <class T>
+void add_noise(double sigma, std::span<const T> noise, std::span<T> latent) {
+  const T level = static_cast<T>(sigma), rest = static_cast<T>(1 - sigma);
+  for (std::size_t i = 0; i < latent.size(); ++i) latent[i] = level * noise[i] + rest * latent[i];
+}
+
 template <class T>
 void guide(std::span<const T> cond, std::span<const T> uncond, double scale, std::span<T> out) {
   const T factor = static_cast<T>(scale);
@@ -96,6 +115,8 @@ void Integrator<T>::advance(int step, std::span<const T> denoised, std::span<T> 
   if (method_ == Method::dpmpp_2m) before_.assign(denoised.begin(), denoised.end());
 }
 
+template void add_noise<float>(double, std::span<const float>, std::span<float>);
+template void add_noise<double>(double, std::span<const double>, std::span<double>);
 template void guide<float>(std::span<const float>, std::span<const float>, double, std::span<float>);
 template void guide<double>(std::span<const double>, std::span<const double>, double, std::span<double>);
 template void guide_skip_layer<float>(std::span<const float>, std::span<const float>, double,

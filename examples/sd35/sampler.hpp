@@ -40,6 +40,15 @@ inline constexpr int max_steps = 1000;
 /// to max_steps, or the shift is not positive.
 [[nodiscard]] std::vector<double> sigmas(Scheduler scheduler, int steps, double shift = 3);
 
+/// The levels that are left where sampling starts from a picture: those from index int(steps (1 - strength)) on,
+/// as the official code counts (in double: 40 steps of strength 0.8 skip 7). Throws std::runtime_error where the
+/// strength is not above 0 and at most 1, or too small for one step.
+[[nodiscard]] std::vector<double> remaining_sigmas(const std::vector<double>& sigmas, double strength);
+
+/// What the sampler starts from: latent = sigma noise + (1 - sigma) latent.
+template <class T>
+void add_noise(double sigma, std::span<const T> noise, std::span<T> latent);
+
 /// Classifier-free guidance: out = uncond + scale (cond - uncond). All of one length; out may be any of them.
 template <class T>
 void guide(std::span<const T> cond, std::span<const T> uncond, double scale, std::span<T> out);

@@ -90,6 +90,8 @@ Tensor<T> T5Encoder<T>::encode(Runtime& rt, std::span<const std::int32_t> tokens
                       linear<T>(rt, n, block.wi_1).template view<3>());
     linear<T>(rt, hidden.template view<3>(), block.wo, n);
     add<T>(rt, x.template view<3>(), n);
+    for (const auto* weights : {&block.q, &block.k, &block.v, &block.o, &block.wi_0, &block.wi_1, &block.wo})
+      release(weights->weight);
     if (observe) observe("block" + std::to_string(i), x.template view<3>());
   }
   rms_norm<T>(rt, "T5 norm", x.template view<3>(), final_norm_, eps_, x.template view<3>());

@@ -27,7 +27,8 @@ using namespace nn;  // what the examples share
 
 // x = embedding; each block: x += o(attention(RMS x)), x += wo(gelu_tanh(wi_0 u) * wi_1 u) with u = RMS x;
 // the output is RMS x. Attention is bidirectional, has scale 1 and no padding mask, and adds the bias of block
-// 0, b[bucket(key - query)][head], in every block. T is float or double; the weights stay in their file.
+// 0, b[bucket(key - query)][head], in every block. T is float or double; the weights stay in their file, in 16 or 8 bits,
+// and no more than a block of them stays in memory.
 // Source: Raffel et al., Exploring the Limits of Transfer Learning, 2020; Shazeer, GLU Variants, 2020.
 template <class T>
 class T5Encoder {

@@ -88,6 +88,29 @@ def sd35(command: pathlib.Path, data: pathlib.Path, converted: pathlib.Path, scr
     check("and paints another picture", png.read_bytes() != picture)
     png.unlink()
 
+    init = scratch / "init.png"
+    init.write_bytes(picture)
+    result = run(command, "-m", tiny, *options(), "-i", init, "--strength", "0.5", "--vae-tiling", "--json")
+    check("--init-img", result.returncode == 0 and json.loads(result.stdout)["strength"] == 0.5, result.stderr)
+
+    several = scratch / "several"
+    several.mkdir()
+    result = run(command, "-m", tiny, *options(output=several / "fox_%02d.png"), "-b", 2, "--seed", 7, "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    check("--batch-count: a line of JSON and a file each", result.returncode == 0 and [l["seed"] for l in lines] == [7, 8]
+          and {p.name for p in several.iterdir()} == {"fox_00.png", "fox_01.png"}, result.stderr)
+    prompts = scratch / "prompts.txt"
+    prompts.write_text("# two\na red fox\n\na lighthouse\n")
+    result = run(command, "-m", tiny, *options(output=several / "x.png")[2:], "--prompt-file", prompts, "--seed", 7)
+    check("--prompt-file", result.returncode == 0 and (several / "x_001.png").exists(), result.stderr)
+    check("the first of them is the batch's first", (several / "x_000.png").read_bytes() == (several / "fox_00.png").read_bytes())
+    prompts.unlink()
+    shutil.rmtree(several)
+
+    refuses("a prompt and a file of them", png, ["prompt"], command, "-m", tiny, *options(), "--prompt-file", "x")
+    refuses("no prompt at all", png, ["prompt"], command, "-m", tiny, *options()[2:])
+    refuses("a strength beyond 1", png, ["strength"], command, "-m", tiny, *options(), "-i", init, "--strength", "2")
+    init.unlink()
     refuses("a width between patches", png, ["width", "16"], command, "-m", tiny, *options(width=65))
     refuses("a negative number of steps", png, ["steps"], command, "-m", tiny, *options(steps=-1))
     refuses("a sampler that is none", png, ["heun"], command, "-m", tiny, *options(), "--sampling-method", "heun")

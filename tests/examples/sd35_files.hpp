@@ -89,6 +89,8 @@ class Maker {
         return linattn::convert<double>(linattn::convert<linattn::half>(value));
       case Dtype::bf16:
         return linattn::convert<double>(linattn::convert<linattn::bfloat16>(value));
+      case Dtype::f8_e4m3:
+        return linattn::convert<double>(linattn::convert<linattn::float8_e4m3>(value));
       case Dtype::f32:
         return static_cast<double>(static_cast<float>(value));
       default:
@@ -100,10 +102,10 @@ class Maker {
   support::Random random_;
 };
 
-// `skew` bytes in front make every tensor of the file misaligned.
+// `skew` bytes in front make every tensor of the file misaligned. Parameters in `others` are stored as F32.
 inline void write(const fs::path& path, const Parameters& parameters, Dtype dtype,
                   const std::string& prefix = "", std::size_t skew = 0,
-                  const linattn::Metadata& metadata = {}) {
+                  const linattn::Metadata& metadata = {}, const Parameters& others = {}) {
   std::vector<std::vector<std::byte>> memory;
   std::vector<linattn::TensorInfo> tensors;
   const auto append = [&](linattn::TensorInfo info) {
@@ -112,17 +114,22 @@ inline void write(const fs::path& path, const Parameters& parameters, Dtype dtyp
     tensors.push_back(std::move(info));
   };
   if (skew > 0) append({{"unrelated.bytes", Dtype::u8, {static_cast<Index>(skew)}}, {}, 0});
-  for (const auto& parameter : parameters) {
-    const Array& array = parameter.second;
-    append({{prefix + parameter.first, dtype, array.shape}, {}, 0});
-    linattn::visit_dtype(dtype, [&](auto zero) {
+  const auto store = [&](const std::string& name, const Array& array, Dtype type) {
+    append({{prefix + name, type, array.shape}, {}, 0});
+    const auto fill = [&](auto zero) {
       using T = decltype(zero);
       for (std::size_t i = 0; i < array.values.size(); ++i) {
         const T value = linattn::convert<T>(array.values[i]);
         std::memcpy(memory.back().data() + i * sizeof value, &value, sizeof value);
       }
-    });
-  }
+    };
+    if (type == Dtype::f8_e4m3)
+      fill(linattn::float8_e4m3{});
+    else
+      linattn::visit_dtype(type, fill);
+  };
+  for (const auto& [name, array] : others) store(name, array, Dtype::f32);
+  for (const auto& [name, array] : parameters) store(name, array, dtype);
   fs::create_directories(path.parent_path());
   const linattn::FileStatus status = linattn::write_safetensors(path, tensors, metadata);
   REQUIRE_MESSAGE(status.ok(), message(status));

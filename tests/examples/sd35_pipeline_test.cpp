@@ -197,6 +197,108 @@ TEST_CASE("every option has its effect") {
   CHECK(draw(apart, options).image == alone);
 }
 
+TEST_CASE("a picture is the same beside others as alone") {
+  for (const bool official : {false, true})
+    for (const double guidance : {1.0, 4.5}) {
+      CAPTURE(official);
+      CAPTURE(guidance);
+      sd35::PictureOptions options = small_picture();
+      options.official = official;
+      options.cfg_scale = guidance;
+      std::string longer = "a lighthouse";  // of more than 77 tokens
+      for (int i = 0; i < 50; ++i) longer += " on a hill";
+      const std::vector<sd35::Subject> subjects{{"a red fox", 42}, {"a red fox", 43}, {longer, 42}};
+      std::vector<sd35::Picture> pictures;
+      sd35::Runtime rt(2);
+      make_pictures(rt, {.model = tiny}, options, subjects, {},
+                    [&](sd35::Picture picture) { pictures.push_back(std::move(picture)); });
+      REQUIRE(pictures.size() == 3);
+      for (std::size_t i = 0; i < 3; ++i) {
+        options.prompt = subjects[i].prompt;
+        options.seed = subjects[i].seed;
+        CHECK(draw({.model = tiny}, options).image == pictures[i].image);
+        CHECK(pictures[i].options.seed == subjects[i].seed);
+        CHECK(pictures[i].options.prompt == subjects[i].prompt);
+        CHECK(pictures[i].stages.size() == 4);
+      }
+      CHECK(pictures[0].image != pictures[1].image);
+      CHECK(pictures[0].image != pictures[2].image);
+    }
+}
+
+TEST_CASE("a picture may start from another") {
+  Folder folder;
+  sd35::Image init{80, 50, {}};
+  for (int i = 0; i < 80 * 50 * 3; ++i) init.rgb.push_back(static_cast<std::uint8_t>(i * i % 251));
+  write_png(folder / "init.png", init);
+  sd35::PictureOptions options = small_picture();
+  const sd35::Image alone = draw({.model = tiny}, options).image;
+  options.init_image = folder / "init.png";
+  options.steps = 4;
+  const sd35::Picture covered = draw({.model = tiny}, options);
+  CHECK(covered.image.width == 48);
+  CHECK(covered.image.height == 32);
+  CHECK(has(covered.parameters(), "Denoising strength: 0.75, Initial picture: init.png"));
+  CHECK(covered.stages[2].name == "encode");
+  options.vae_tiling = true;
+  CHECK(draw({.model = tiny}, options).image == covered.image);
+  options.vae_tiling = false;
+  options.strength = 0.5;
+  CHECK(draw({.model = tiny}, options).image != covered.image);
+
+  // All of the steps leave nothing of it: sigma_0 is 1.
+  options.strength = 1;
+  options.steps = 2;
+  CHECK(draw({.model = tiny}, options).image == alone);
+
+  // Its own size, cut to what the model can.
+  options.width = options.height = std::nullopt;
+  const sd35::Picture own = draw({.model = tiny}, options);
+  CHECK(own.image.width == 80);
+  CHECK(own.image.height == 48);
+
+  options.strength = 0.4;
+  CHECK(has(drawing_error({.model = tiny}, options), "leaves no step"));
+  options.strength = 1.5;
+  CHECK(has(drawing_error({.model = tiny}, options), "strength: a number above 0"));
+  options.strength = 0.75;
+  options.init_image = folder / "none.png";
+  CHECK(has(drawing_error({.model = tiny}, options), "none.png"));
+  write_png(folder / "small.png", sd35::Image{15, 40, std::vector<std::uint8_t>(15 * 40 * 3)});
+  options.init_image = folder / "small.png";
+  CHECK(has(drawing_error({.model = tiny}, options), "15 x 40 pixels, at least 16 x 16"));
+}
+
+TEST_CASE("noise levels that are left, as the official code counts them") {
+  const std::vector<double> levels = sigmas(sd35::Scheduler::sd3, 40);
+  for (const auto& [strength, left] : {std::pair{1.0, 40}, {0.8, 33}, {0.75, 30}, {0.6, 24}, {0.03, 2}}) {
+    CAPTURE(strength);  // 40 (1 - 0.8) is below 8 in double
+    const std::vector<double> rest = sd35::remaining_sigmas(levels, strength);
+    CHECK(rest == std::vector<double>(levels.end() - (left + 1), levels.end()));
+  }
+  const std::vector<double> noise{2, -4};
+  std::vector<double> latent{1, 8};
+  sd35::add_noise<double>(0.25, noise, latent);
+  CHECK(latent == std::vector<double>{1.25, 5});
+}
+
+TEST_CASE("prompt files and the names of several pictures") {
+  Folder folder;
+  sd35_files::write_text(folder / "prompts.txt", "\n  a red fox \t\r\n# not this\n   # nor this\na # b\n\n");
+  CHECK(sd35::read_prompts(folder / "prompts.txt") == std::vector<std::string>{"a red fox", "a # b"});
+  sd35_files::write_text(folder / "empty.txt", "# nothing\n");
+  CHECK(error_of([&] { (void)sd35::read_prompts(folder / "empty.txt"); }) ==
+        (folder / "empty.txt").string() + ": holds no prompt");
+  CHECK(has(error_of([&] { (void)sd35::read_prompts(folder / "none.txt"); }), "none.txt"));
+
+  CHECK(sd35::output_path("a/%03d.png", 0, 1) == "a/%03d.png");
+  CHECK(sd35::output_path("a/x.png", 7, 8) == "a/x_007.png");
+  CHECK(sd35::output_path("x", 1234, 2000) == "x_1234");
+  CHECK(sd35::output_path("a%d/x_%02d.png", 7, 8) == "a%d/x_07.png");
+  CHECK(sd35::output_path("100%-%d.png", 7, 8) == "100%-7.png");
+  CHECK(sd35::output_path("%s%n.png", 0, 2) == "%s%n_000.png");
+}
+
 TEST_CASE("an encoder that is missing leaves zeros and a note") {
   sd35::ModelFiles files{.model = {},
                          .transformer = tiny / "transformer",
