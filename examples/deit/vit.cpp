@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <memory>
 #include <set>
@@ -27,20 +26,8 @@ constexpr const char* patch_weight = "patch_embed.proj.weight";
 
 std::string block_name(Index i) { return "blocks." + std::to_string(i) + "."; }
 
-// What the checkpoint says of its heads, or else what models of its size have; 0 where nothing tells.
-Index tell_heads(const Checkpoint& checkpoint, const linattn::VitModel& model) {
-  const auto said = checkpoint.metadata().find("linattn.heads");
-  if (said != checkpoint.metadata().end()) {
-    Index heads = 0;
-    const char* const end = said->second.data() + said->second.size();
-    if (std::from_chars(said->second.data(), end, heads).ptr == end) return heads;
-  }
-  for (const char* key : {"num_heads", "num_attention_heads"})
-    if (const Index heads = checkpoint.config_value(key, Index{0}); heads != 0) return heads;
-  for (Index i = 0; i < model.depth; ++i)
-    if (const std::string w1 = block_name(i) + "attn.w1"; checkpoint.has(w1))
-      return checkpoint.get(w1, {1, Checkpoint::any, Checkpoint::any, Checkpoint::any}).extent(1);
-  return linattn::vit_heads(model).value_or(model.width % 64 == 0 ? model.width / 64 : 0);
+void require(const linattn::FileStatus& status) {
+  if (!status.ok()) throw std::runtime_error(message(status));
 }
 
 // A weight whose elements are stored as T: itself, or a copy.
@@ -113,10 +100,8 @@ template void resample_positions<double>(const double*, Index, Index, Index, Ind
 
 Checkpoint open(const std::filesystem::path& path) {
   const Checkpoint whole = Checkpoint::open(path);
-  std::vector<std::string> prefixes;
-  for (const std::string& name : whole.stored_names())
-    if (name.ends_with(patch_weight))
-      prefixes.push_back(name.substr(0, name.size() - std::string_view(patch_weight).size()));
+  std::vector<std::string> prefixes = linattn::vit_prefixes(whole.files(), linattn::WeightSet::raw);
+  if (prefixes.empty()) prefixes = linattn::vit_prefixes(whole.files(), linattn::WeightSet::ema);
   if (prefixes.empty())
     fail(whole,
          "no vision transformer under timm's names: there is no tensor '" + std::string(patch_weight) + "'");
@@ -128,25 +113,21 @@ Checkpoint open(const std::filesystem::path& path) {
 
 VitConfig VitConfig::of(const Checkpoint& checkpoint, std::optional<Index> heads) {
   linattn::VitModel model;
-  if (const linattn::FileStatus status = recognise_vit(checkpoint.files(), checkpoint.full_name(""), model);
-      !status.ok())
-    throw std::runtime_error(message(status));
-  VitConfig config{.depth = model.depth,
-                   .width = model.width,
-                   .heads = heads ? *heads : tell_heads(checkpoint, model),
-                   .mlp_width = model.hidden,
-                   .channels = model.channels,
-                   .patch = model.patch,
-                   .grid = model.grid,
-                   .classes = model.classes,
-                   .special = checkpoint.has("cls_token") ? (checkpoint.has("dist_token") ? 2 : 1) : 0};
-  if (config.heads == 0)
-    fail(checkpoint, "nothing tells the number of heads for a width of " + std::to_string(config.width) +
-                         "; say it with --heads, or as num_heads in config.json");
-  if (config.heads < 1 || config.width % config.heads != 0)
-    fail(checkpoint, "a width of " + std::to_string(config.width) + " is not made of " +
-                         std::to_string(config.heads) + " heads");
-  return config;
+  require(recognise_vit(checkpoint.files(), checkpoint.full_name(""), model));
+  std::optional<Index> said;
+  for (const char* key : {"num_heads", "num_attention_heads"})
+    if (const Index count = checkpoint.config_value(key, Index{0}); !said && count != 0) said = count;
+  linattn::Heads found;
+  require(find_heads(checkpoint.files(), model.width, heads, said, vit_heads(model), found));
+  return {.depth = model.depth,
+          .width = model.width,
+          .heads = found.count,
+          .mlp_width = model.hidden,
+          .channels = model.channels,
+          .patch = model.patch,
+          .grid = model.grid,
+          .classes = model.classes,
+          .special = checkpoint.has("cls_token") ? (checkpoint.has("dist_token") ? 2 : 1) : 0};
 }
 
 template <class T>

@@ -17,7 +17,8 @@ namespace deit {
 
 using namespace nn;  // what the examples share
 
-// The checkpoint of a ViT, below whatever prefix ("model.", "module.") its tensors lie.
+// The checkpoint of a ViT, below whatever prefix ("model.", "module.") its tensors lie; of a training checkpoint
+// the raw weights, or their moving average where there are no others.
 [[nodiscard]] Checkpoint open(const std::filesystem::path& path);
 
 struct VitConfig {
@@ -29,9 +30,9 @@ struct VitConfig {
 
   [[nodiscard]] Index head_dim() const { return width / heads; }
 
-  // From the shapes of the tensors. They do not tell the heads: `heads` counts first, then "linattn.heads" of the
-  // metadata, "num_heads" or "num_attention_heads" of config.json, converted blocks, the published sizes, and
-  // last 64 channels a head. Throws std::runtime_error where nothing tells them, or where a tensor is missing.
+  // From the shapes of the tensors. They do not tell the heads: `heads` counts first, then what find_heads of
+  // linattn/weights finds, as the converter does (config.json: num_heads or num_attention_heads). Throws
+  // std::runtime_error where nothing tells them, or where a tensor is missing.
   [[nodiscard]] static VitConfig of(const Checkpoint& checkpoint, std::optional<Index> heads = {});
 };
 
