@@ -13,6 +13,7 @@
 #include "sd35/pipeline.hpp"
 #include "sd35/sampler.hpp"
 #include "sd35_mmdit.hpp"
+#include "sd35_sampling.hpp"
 
 namespace {
 
@@ -90,13 +91,6 @@ void run_tables(Case& c) {
   }
 }
 
-// The README's column for float, and 1e-9 in double for both methods.
-template <class T>
-Tolerance tolerance(sd35::Method method) {
-  if (std::is_same_v<T, double>) return {Norm::scaled_max, 1e-9};
-  return {Norm::scaled_max, method == sd35::Method::euler ? 2e-5 : 5e-5};
-}
-
 template <class T>
 void run_analytic_as(Case& c) {
   const golden::Tensor noise = c.read("in.noise");
@@ -114,7 +108,7 @@ void run_analytic_as(Case& c) {
         integrator.advance(step, denoised, x);
       }
       c.check(name, golden::variant<T>, golden::Tensor{noise.shape, {x.begin(), x.end()}},
-              tolerance<T>(method));
+              golden::sampler_tolerance<T>(method));
     }
   }
 }
@@ -126,25 +120,6 @@ void run_analytic(Case& c) {
   run_analytic_as<double>(c);
 }
 
-// Inputs in.cond.* and in.uncond.* as the pipeline stacks them.
-template <class T>
-sd35::Conditioning<T> conditioning(Case& c) {
-  const auto stack = [&](const std::string& name) {
-    const golden::Tensor cond = c.read("in.cond." + name), uncond = c.read("in.uncond." + name);
-    std::vector<Index> shape = cond.shape;
-    if (name == "y") shape.insert(shape.begin() + 1, 1);
-    shape[0] = 2;
-    sd35::Tensor<T> result(shape);
-    const std::size_t n = cond.values.size();
-    for (std::size_t i = 0; i < n; ++i) {
-      result.data()[i] = static_cast<T>(cond.values[i]);
-      result.data()[n + i] = static_cast<T>(uncond.values.at(i));
-    }
-    return result;
-  };
-  return {stack("context"), stack("y")};
-}
-
 template <class T>
 void run_sampler_as(Case& c, const sd35::Mmdit<T>& transformer) {
   const char* const variant = golden::variant<T>;
@@ -152,14 +127,11 @@ void run_sampler_as(Case& c, const sd35::Mmdit<T>& transformer) {
   sd35::SamplingOptions options;
   options.method = sd35::parse_method(c.meta("sampler"));
   options.cfg_scale = c.number("cfg_scale");
-  const nlohmann::json skip = nlohmann::json::parse(c.meta("skip_layer_config", "{}"));
-  if (!skip.empty())
-    options.skip_layers = {skip.at("scale"), skip.at("start"), skip.at("end"),
-                           skip.at("layers").get<std::vector<int>>()};
+  options.skip_layers = golden::skip_layers(nlohmann::json::parse(c.meta("skip_layer_config", "{}")));
   const std::vector<double> levels =
       sigmas(sd35::Scheduler::sd3, static_cast<int>(c.number("steps")), c.number("shift", 3));
   const std::vector<Index> count{static_cast<Index>(levels.size())};
-  const Tolerance within = tolerance<T>(options.method);
+  const Tolerance within = golden::sampler_tolerance<T>(options.method);
   for (const char* name : {"outx.sigmas", "out.sigmas"})
     if (c.has(name))
       c.check(name, variant, golden::Tensor{count, levels},
@@ -171,7 +143,7 @@ void run_sampler_as(Case& c, const sd35::Mmdit<T>& transformer) {
     latent.data()[i] = static_cast<T>(levels[0] * noise.values[i]);
   std::vector<double> inputs, denoised_steps;
   sd35::Runtime rt;
-  sd35::sample<T>(rt, transformer, conditioning<T>(c), levels, options, latent.template view<4>(),
+  sd35::sample<T>(rt, transformer, golden::conditioning<T>(c), levels, options, latent.template view<4>(),
                   [&](int, std::span<const T> x, std::span<const T> denoised) {
                     inputs.insert(inputs.end(), x.begin(), x.end());
                     denoised_steps.insert(denoised_steps.end(), denoised.begin(), denoised.end());

@@ -1,7 +1,9 @@
-// vae_decoder: a latent to a picture, with every stage. Recorded activations are (batch, channel, row, column).
+// vae_decoder: a latent to a picture, with every stage; vae_encoder: a picture to the moments and the mean of its
+// latent. Recorded activations are (batch, channel, row, column).
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "golden.hpp"
@@ -30,16 +32,19 @@ golden::Tensor channels_first(const TensorView<const T, 3>& values, const golden
   return result;
 }
 
-template <class T>
-void run(Case& c) {
-  const golden::Parameters parameters(c);
-  const sd35::Checkpoint checkpoint = golden::open_checkpoint(c, parameters, sd35::Component::vae);
-  const nlohmann::json json = parameters.config();
+sd35::VaeConfig vae_config(const sd35::Checkpoint& checkpoint, const nlohmann::json& json) {
   sd35::VaeConfig config = sd35::VaeConfig::of(checkpoint);
   config.groups = json.value("norm_num_groups", config.groups);
   config.scaling = json.value("scaling_factor", config.scaling);
   config.shift = json.value("shift_factor", config.shift);
-  const sd35::VaeDecoder<T> model(checkpoint, config);
+  return config;
+}
+
+template <class T>
+void run_decoder(Case& c) {
+  const golden::Parameters parameters(c);
+  const sd35::Checkpoint checkpoint = golden::open_checkpoint(c, parameters, sd35::Component::vae);
+  const sd35::VaeDecoder<T> model(checkpoint, vae_config(checkpoint, parameters.config()));
 
   const golden::Tensor latent = c.read("in.latent");
   const std::vector<T> values(latent.values.begin(), latent.values.end());
@@ -68,11 +73,39 @@ void run(Case& c) {
           {golden::Norm::scaled_max, 1 / std::max(1.0, largest)});
 }
 
-void run_vae_decoder(Case& c) {
-  run<float>(c);
-  run<double>(c);
+template <class T>
+void run_encoder(Case& c) {
+  const golden::Parameters parameters(c);
+  const sd35::Checkpoint checkpoint = golden::open_checkpoint(c, parameters, sd35::Component::vae);
+  const sd35::VaeEncoder<T> model(checkpoint, vae_config(checkpoint, parameters.config()));
+
+  const golden::Tensor picture = c.read("in.image");
+  const std::vector<T> values(picture.values.begin(), picture.values.end());
+  const golden::Tolerance tolerance = golden::model_tolerance<T>(1e-5);
+  sd35::Runtime rt;
+  const auto check = [&](const std::string& name, const TensorView<const T, 3>& ours) {
+    if (c.has(name)) c.check(name, variant<T>, channels_first(ours, c.read(name)), tolerance);
+  };
+  const sd35::Tensor<T> moments = model.moments(
+      rt, {values.data(), picture.view<4>().extents},
+      [&](const std::string& name, const TensorView<const T, 3>& ours) { check("mid." + name, ours); });
+  check("out.moments",
+        {moments.data(), {moments.extent(0), moments.extent(1) * moments.extent(2), moments.extent(3)}});
+  if (!c.has("out.latent_mean")) return;
+  const sd35::Tensor<T> latent = model.latent(moments);
+  c.check("out.latent_mean", variant<T>, latent.template view<4>(), tolerance);
 }
 
-const golden::Registration registration({"vae_decoder"}, run_vae_decoder);
+void run_vae_decoder(Case& c) {
+  run_decoder<float>(c);
+  run_decoder<double>(c);
+}
+void run_vae_encoder(Case& c) {
+  run_encoder<float>(c);
+  run_encoder<double>(c);
+}
+
+const golden::Registration decoder({"vae_decoder"}, run_vae_decoder);
+const golden::Registration encoder({"vae_encoder"}, run_vae_encoder);
 
 }  // namespace
