@@ -87,10 +87,11 @@ struct NeighborhoodPlan {
   [[nodiscard]] constexpr Range key_columns(Index first, Index queries) const {
     return keys(first, queries, kernel.width, grid.width);
   }
+  // Row i of a task. Tasks go from head to head first: neighbouring heads of a token share a page of memory.
   [[nodiscard]] constexpr TileRow tile_row(Index task, Index i) const {
-    const Index head = task / bands / groups;
-    return {head / heads, head % heads, (task % bands * band + i) * tile.height,
-            task / bands % groups * group * tile.width};
+    const Index place = task / heads, b = place / bands / groups;
+    return {b, task % heads, (place % bands * band + i) * tile.height,
+            place / bands % groups * group * tile.width};
   }
   // Tiles of a row, rows of tiles of a task: the last ones may have fewer.
   [[nodiscard]] constexpr Index tiles(const TileRow& at) const {
