@@ -25,7 +25,11 @@
 //   map[i, j] = c (s2'_i . s2_j + (s1'_i . s1_j) sum_m r_m d2'_i,m d2_j,m + (q_i . k_j) d1_j M_i d2_j^T),
 //   M_i = (diag(d1'_i) W2' diag(d2'_i) P) * W2
 //
-// The loss enters through W' alone.
+// The loss enters through W' alone. The step ColumnClip divides the gradient g of a column by |g| + 1, so that a change of the
+// gradient is divided as well, and what of it lies along g once more. With h = |g| / (|g| + 1) and u = g / |g|, both
+// read off W - W', x the input of the matrix (q and k, or a' and a) and s the rest of its sum over the columns m,
+//
+//   (x'_i . x_j) sum_m s_m   becomes   sum_m s_m (1 - h_m) ((x'_i . x_j) - h_m (x'_i . u_m) (x_j . u_m)).
 //
 // Shapes    q (b, nq, h, d), k, v (b, nk, h, d); weights as in ttt; out (b, h, rows, nk) in Compute<T>, rows =
 //           nq, or those of `queries`: their tokens, in any order.

@@ -43,33 +43,50 @@ void project(const C* x, const TensorView<const W, 2>& w, C* y) {
   });
 }
 
-// What a token, query or key, brings to the products of the map: on each level of the inner model, the activation and
-// its derivatives by z1 (and z2) side by side.
-template <class Model, class C>
+template <class Model, class T>
+using MapMatrices = std::array<TensorView<T, 2>, static_cast<std::size_t>(matrices<Model>)>;
+
+// What a token, query or key, brings to the products of the map: on each level of the inner model the activation and
+// its derivatives by z1 (and z2) side by side; and if the step clips, for each column of each matrix how far the
+// matrix's input lies along the step of that column, times the derivative there.
+template <class Model, class Step, class C>
 struct MapFeatures {
-  static constexpr bool any = Model::has_activation;
-  static constexpr int levels = !any ? 0 : Model::chained == 2 ? 2 : 1;
+  static constexpr int levels = !Model::has_activation ? 0 : Model::chained == 2 ? 2 : 1;
+  static constexpr int clipped = Step::needs_column_norm ? matrices<Model> : 0;
   C* value[2];   // [d]
   C* slopes[2];  // [projections * d], [d]
+  C* along;      // [clipped * d]
 
-  [[nodiscard]] static constexpr Index size(Index d) {
-    return any ? (2 * levels + Model::projections - 1) * d : 0;
+  [[nodiscard]] static constexpr Index before_along() {
+    return levels == 0 ? 0 : 2 * levels + Model::projections - 1;
   }
+  [[nodiscard]] static constexpr Index size(Index d) { return (before_along() + clipped) * d; }
   [[nodiscard]] static MapFeatures at(C* memory, Index token, Index d) {
     C* const mine = memory + token * size(d);
-    return {{mine, mine + d}, {mine + levels * d, mine + (levels + Model::projections) * d}};
+    return {{mine, mine + d},
+            {mine + levels * d, mine + (levels + Model::projections) * d},
+            mine + before_along() * d};
   }
 
-  // At x, of matrices w[0], w[1], w[2], those that the model has.
+  // At x, of the matrices w; `steps` are the directions of their columns' steps.
   template <class W>
-  void compute(const C* x, const std::array<TensorView<const W, 2>, 3>& w) const {
+  void compute(const C* x, const MapMatrices<Model, const W>& w, const MapMatrices<Model, C>& steps) const {
     const Index d = w[0].extent(0);
-    project<C, W>(x, w[0], slopes[0]);
-    if constexpr (Model::projections == 2) project<C, W>(x, w[1], slopes[0] + d);
-    differentiate<Model::projections>(0, d);
+    if constexpr (levels > 0) {
+      project<C, W>(x, w[0], slopes[0]);
+      if constexpr (Model::projections == 2) project<C, W>(x, w[1], slopes[0] + d);
+      differentiate<Model::projections>(0, d);
+    }
     if constexpr (levels == 2) {
       project<C, W>(value[0], w[1], slopes[1]);
       differentiate<1>(1, d);
+    }
+    for (int m = 0; m < clipped; ++m) {
+      const bool reads_x = m < Model::projections;
+      C* const mine = along + m * d;
+      project<C, C>(reads_x ? x : value[0], steps[static_cast<std::size_t>(m)], mine);
+      if (levels > 0 && reads_x)
+        for (Index c = 0; c < d; ++c) mine[c] *= slopes[0][m * d + c];
     }
   }
 
@@ -89,16 +106,41 @@ struct MapFeatures {
   }
 };
 
+// What a worker needs for one head.
+template <class Model, class Step, class C>
+struct MapScratch {
+  C* features;          // of the keys, and of a query behind them
+  C* overlap;           // r [d]
+  C *between, *middle;  // P and M_i of two chained matrices, [d, d]
+  C* row;               // [d]
+  C *steps, *lengths;   // of the columns of each matrix, if the step clips: directions [d, d] and h [d]
+
+  [[nodiscard]] static MapScratch take(Carver& carver, Index tokens, Index d) {
+    using Features = MapFeatures<Model, Step, C>;
+    MapScratch s{};
+    s.features = carver.take<C>((tokens + 1) * Features::size(d));
+    s.overlap = carver.take<C>(d);
+    if (Model::chained == 2) {
+      s.between = carver.take<C>(d * d);
+      s.middle = carver.take<C>(d * d);
+      s.row = carver.take<C>(d);
+    }
+    if (Features::clipped > 0) {
+      s.steps = carver.take<C>(Features::clipped * d * d);
+      s.lengths = carver.take<C>(Features::clipped * d);
+    }
+    return s;
+  }
+};
+
 // The memory of one call.
-template <class Model, class C>
+template <class Model, class Step, class C>
 struct TttMapMemory {
   FastWeights<C> fast{};
-  TensorView<C, 4> q{}, k{};                // behind the prologue
-  TensorView<C, 4> widened{};               // before a conv, which does not work in place
-  C* features = nullptr;                    // of each worker: of a head's keys, and of a query behind them
-  C* overlap = nullptr;                     // of each worker: r
-  C *between = nullptr, *middle = nullptr;  // of each worker, with two chained matrices: P and M_i, [d, d]
-  C* row = nullptr;
+  TensorView<C, 4> q{}, k{};   // behind the prologue
+  TensorView<C, 4> widened{};  // before a conv, which does not work in place
+  std::byte* workers = nullptr;
+  std::size_t worker_size = 0;
 
   template <class W>
   [[nodiscard]] static TttMapMemory take(Carver& carver, Index workers, const std::array<Index, 4>& q,
@@ -116,14 +158,16 @@ struct TttMapMemory {
     m.k = view(k);
     if (prologue.q_conv.extent(0) != 0 || prologue.k_conv.extent(0) != 0)
       m.widened = view(q[1] > tokens ? q : k);
-    m.features = carver.take<C>(workers * (tokens + 1) * MapFeatures<Model, C>::size(d));
-    m.overlap = carver.take<C>(workers * d);
-    if (Model::chained == 2) {
-      m.between = carver.take<C>(workers * d * d);
-      m.middle = carver.take<C>(workers * d * d);
-      m.row = carver.take<C>(workers * d);
-    }
+    Carver one(Workspace{});
+    (void)MapScratch<Model, Step, C>::take(one, tokens, d);
+    m.worker_size = one.used() / Carver::alignment * Carver::alignment;  // the base is aligned already
+    m.workers = carver.take<std::byte>(workers * static_cast<Index>(m.worker_size));
     return m;
+  }
+
+  [[nodiscard]] MapScratch<Model, Step, C> scratch(Index worker) const {
+    Carver carver(Workspace{workers + static_cast<std::size_t>(worker) * worker_size, worker_size});
+    return MapScratch<Model, Step, C>::take(carver, k.extent(1), k.extent(3));
   }
 };
 
@@ -149,77 +193,136 @@ template <class C, class T, class W, ParallelPolicy P>
   return depthwise_conv(ctx, wide, conv, bias, out, {.grid = grid});
 }
 
-// Rows of the map of one head.
-template <class Model, class Loss, class C, class W>
+// The map of one head.
+template <class Model, class Loss, class Step, class C, class W>
 struct TttMapper {
-  using Features = MapFeatures<Model, C>;
-  const TttWeights<W>& weights;
+  using Features = MapFeatures<Model, Step, C>;
+  static constexpr int count = matrices<Model>;
+  static constexpr std::size_t last = count - 1;
+  // The last matrix is where the error arrives, unless a gate lies behind it.
+  static constexpr bool ends_in_matrix = Model::chained > 0 || !Model::has_activation;
+  static_assert(Features::clipped == 0 || std::is_same_v<Step, ColumnClip>,
+                "the map knows the derivative of no other step that needs the norm");
+  static_assert(Features::clipped == 0 || Model::chained < 2,
+                "the map of two chained matrices with a clipped step has yet to be derived");
+
   const TttMapOptions<W>& options;
-  const TttMapMemory<Model, C>& memory;
-  const TensorView<C, 4>& out;
+  const MapScratch<Model, Step, C> s;
+  const TensorView<const C, 2> keys;
+  MapMatrices<Model, const W> w{};
+  MapMatrices<Model, const C> updated{};
+  MapMatrices<Model, C> steps{};
+  C last_rate = 1;  // 1 - h of the last matrix, on average
 
-  void map(Index b, Index h, Index worker) const {
-    const Index d = memory.k.extent(3), tokens = memory.k.extent(1);
-    std::array<TensorView<const W, 2>, 3> w{};
-    std::array<TensorView<const C, 2>, 3> w_new{};
-    for (int i = 0; i < matrices<Model>; ++i) {
-      w[static_cast<std::size_t>(i)] = at(weights[i], h);
-      w_new[static_cast<std::size_t>(i)] = at(at(memory.fast[i], b), h);
+  TttMapper(const TttWeights<W>& weights, const TttMapOptions<W>& options_,
+            const TttMapMemory<Model, Step, C>& memory, Index b, Index h, Index worker)
+      : options(options_),
+        s(memory.scratch(worker)),
+        keys{memory.k.pointer(b, 0, h),
+             {memory.k.extent(1), memory.k.extent(3)},
+             {memory.k.stride(1), Index{1}}} {
+    const Index d = keys.extent(1);
+    for (int m = 0; m < count; ++m) {
+      const auto i = static_cast<std::size_t>(m);
+      w[i] = at(weights[m], h);
+      updated[i] = at(at(memory.fast[m], b), h);
+      if constexpr (Features::clipped > 0) {
+        steps[i] = TensorView<C, 2>(s.steps + m * d * d, {d, d});
+        take_step(i, s.lengths + m * d);
+      }
     }
-    constexpr std::size_t last = matrices<Model> - 1;
-    const TensorView<C, 2> between(memory.between + worker * d * d, {d, d});
-    const TensorView<C, 2> middle(memory.middle + worker * d * d, {d, d});
-    C* const features = memory.features + worker * (tokens + 1) * Features::size(d);
-    C* const overlap = memory.overlap + worker * d;
-    C* const row_of_d = memory.row + worker * d;
-
-    if constexpr (Features::any)
-      for (Index j = 0; j < tokens; ++j) Features::at(features, j, d).compute(memory.k.pointer(b, j, h), w);
     for (Index m = 0; m < d; ++m)
-      overlap[m] = (Model::chained == 0 ? C(1) : dot<C>(w[last].pointer(m), w_new[last].pointer(m), d)) /
-                   static_cast<C>(d);
+      s.overlap[m] = (Model::chained == 0 ? C(1) : dot<C>(w[last].pointer(m), updated[last].pointer(m), d)) /
+                     static_cast<C>(d);
     if constexpr (Model::chained == 2)
       for (Index n = 0; n < d; ++n)
         for (Index m = 0; m < d; ++m)
-          between(n, m) = dot<C>(w_new[last].pointer(n), w[last].pointer(m), d) / static_cast<C>(d);
+          s.between[n * d + m] = dot<C>(updated[last].pointer(n), w[last].pointer(m), d) / static_cast<C>(d);
+    if constexpr (Features::clipped > 0 && ends_in_matrix) {
+      C sum = 0;
+      for (Index c = 0; c < d; ++c) sum += C(1) - s.lengths[(count - 1) * d + c];
+      last_rate = sum / static_cast<C>(d);
+    }
+    for (Index j = 0; j < keys.extent(0); ++j)
+      Features::at(s.features, j, d).template compute<W>(keys.pointer(j), w, steps);
+  }
 
+  // One row: the query behind the prologue.
+  void map(const C* q, C* out) const {
+    const Index d = keys.extent(1), tokens = keys.extent(0);
     // How the error follows the value: a constant, as the loss is linear in its target.
     const double follows = Loss::error(1.0, 0.0) - Loss::error(0.0, 0.0);
     const double scale = options.ttt.scale.value_or(1.0 / std::sqrt(static_cast<double>(d)));
-    const auto rate = static_cast<C>(-follows * options.ttt.inner_lr * scale / static_cast<double>(tokens));
-    const Features asks = Features::at(features, tokens, d);
-    for (Index row = 0; row < out.extent(2); ++row) {
-      const C* const q = memory.q.pointer(b, map_query(options.queries, row), h);
-      if constexpr (Features::any) asks.compute(q, w_new);
-      if constexpr (Model::chained == 2) {
-        for (Index p = 0; p < d; ++p) {
-          for (Index n = 0; n < d; ++n) row_of_d[n] = asks.slopes[0][p] * w_new[1](p, n) * asks.slopes[1][n];
-          project<C, C>(row_of_d, between, middle.pointer(p));
-          for (Index m = 0; m < d; ++m) middle(p, m) *= convert<C>(w[1](p, m));
-        }
+    const auto rate =
+        static_cast<C>(-follows * Step::rate(options.ttt.inner_lr, scale / static_cast<double>(tokens), 0.0));
+    const Features query = Features::at(s.features, tokens, d);
+    query.template compute<C>(q, updated, steps);
+    if constexpr (Model::chained == 2) compute_middle(query);
+    weigh(query);
+    for (Index j = 0; j < tokens; ++j)
+      out[j] = rate * pair(q, query, keys.pointer(j), Features::at(s.features, j, d));
+  }
+
+ private:
+  // Direction and length, in units of the rate, of the step of each column of matrix i.
+  void take_step(std::size_t i, C* lengths) const {
+    for (Index c = 0; c < w[i].extent(1); ++c) {
+      double squares = 0;
+      for (Index r = 0; r < w[i].extent(0); ++r) {
+        const double step = convert<double>(w[i](r, c)) - static_cast<double>(updated[i](r, c));
+        steps[i](r, c) = static_cast<C>(step);
+        squares += step * step;
       }
-      if constexpr (Features::any) {
-        C* const top = asks.slopes[Features::levels - 1];
-        const Index arguments = Features::levels == 2 ? 1 : Model::projections;
-        for (Index i = 0; i < arguments * d; ++i) top[i] *= overlap[i % d];
-      }
-      for (Index j = 0; j < tokens; ++j) {
-        C sum = dot<C>(q, memory.k.pointer(b, j, h), d);
-        if constexpr (Features::any) {
-          const Features key = Features::at(features, j, d);
-          if constexpr (Model::chained == 2) {
-            project<C, C>(key.slopes[0], middle, row_of_d);
-            sum *= dot<C>(row_of_d, key.slopes[1], d);
-            sum += dot<C>(asks.value[0], key.value[0], d) * dot<C>(asks.slopes[1], key.slopes[1], d);
-            sum += dot<C>(asks.value[1], key.value[1], d);
-          } else {
-            sum *= dot<C>(asks.slopes[0], key.slopes[0], Model::projections * d);
-            if constexpr (Model::chained == 1) sum += dot<C>(asks.value[0], key.value[0], d);
-          }
-        }
-        out(b, h, row, j) = rate * sum;
+      const double length = std::sqrt(squares), lr = std::abs(options.ttt.inner_lr);
+      lengths[c] = lr == 0 ? C(0) : static_cast<C>(std::min(1.0, length / lr));
+      for (Index r = 0; r < w[i].extent(0) && length > 0; ++r)
+        steps[i](r, c) = static_cast<C>(static_cast<double>(steps[i](r, c)) / length);
+    }
+  }
+
+  // M_i, from the derivatives at the query.
+  void compute_middle(const Features& query) const {
+    const Index d = keys.extent(1);
+    for (Index p = 0; p < d; ++p) {
+      for (Index n = 0; n < d; ++n) s.row[n] = query.slopes[0][p] * updated[1](p, n) * query.slopes[1][n];
+      project<C, C>(s.row, TensorView<const C, 2>(s.between, {d, d}), s.middle + p * d);
+      for (Index m = 0; m < d; ++m) s.middle[p * d + m] *= convert<C>(w[1](p, m));
+    }
+  }
+
+  // What does not depend on the key: r, and what the clip leaves of each column.
+  void weigh(const Features& query) const {
+    const Index d = keys.extent(1);
+    for (int m = 0; m < Features::clipped; ++m) {
+      const bool is_last = ends_in_matrix && m == count - 1;
+      for (Index c = 0; c < d; ++c) {
+        const C h = s.lengths[m * d + c], left = C(1) - h;
+        query.along[m * d + c] *= (is_last ? C(1) / static_cast<C>(d) : s.overlap[c]) * left * h;
+        if (!is_last) query.slopes[0][m * d + c] *= left;
       }
     }
+    if constexpr (Features::levels > 0) {
+      C* const top = query.slopes[Features::levels - 1];
+      const Index arguments = Features::levels == 2 ? 1 : Model::projections;
+      for (Index i = 0; i < arguments * d; ++i) top[i] *= s.overlap[i % d];
+    }
+  }
+
+  [[nodiscard]] C pair(const C* q, const Features& query, const C* k, const Features& key) const {
+    const Index d = keys.extent(1);
+    C sum = dot<C>(q, k, d);
+    if constexpr (Features::levels == 0) sum *= last_rate;
+    if constexpr (Features::levels == 1)
+      sum *= dot<C>(query.slopes[0], key.slopes[0], Model::projections * d);
+    if constexpr (Model::chained == 1) sum += last_rate * dot<C>(query.value[0], key.value[0], d);
+    if constexpr (Model::chained == 2) {
+      project<C, C>(key.slopes[0], TensorView<const C, 2>(s.middle, {d, d}), s.row);
+      sum *= dot<C>(s.row, key.slopes[1], d);
+      sum += dot<C>(query.value[0], key.value[0], d) * dot<C>(query.slopes[1], key.slopes[1], d);
+      sum += dot<C>(query.value[1], key.value[1], d);
+    }
+    if constexpr (Features::clipped > 0) sum -= dot<C>(query.along, key.along, Features::clipped * d);
+    return sum;
   }
 };
 
@@ -258,23 +361,25 @@ template <ParallelPolicy P, class T>
   return {};
 }
 
-template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, ParallelPolicy P, class T, Storage W>
+template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, InnerStep Step = Plain, ParallelPolicy P,
+          class T, Storage W>
 [[nodiscard]] std::size_t ttt_attention_map_workspace(
     const Cpu<P>& ctx, const TensorView<T, 4>& q, In<std::remove_const_t<T>, 4> k,
     In<std::remove_const_t<T>, 4> v, const TttWeights<W>& weights, const TensorView<Compute<T>, 4>&,
     const std::type_identity_t<TttMapOptions<W>>& options = {}) {
   using C = Compute<T>;
   Carver carver(Workspace{});
-  const auto memory = detail::TttMapMemory<Model, C>::take(carver, static_cast<Index>(ctx.parallel.workers()),
-                                                           q.extents, k.extents, options.ttt.prologue);
+  const auto memory = detail::TttMapMemory<Model, Step, C>::take(
+      carver, static_cast<Index>(ctx.parallel.workers()), q.extents, k.extents, options.ttt.prologue);
   return carver.used() +
-         std::max(ttt_update_workspace<Model, Loss>(ctx, k, v, weights, memory.fast, options.ttt),
+         std::max(ttt_update_workspace<Model, Loss, Step>(ctx, k, v, weights, memory.fast, options.ttt),
                   instance_norm_workspace(ctx, memory.k, memory.k));
 }
 
 // out = (1 / d) tr(d ttt(q, k, v)_i / d v_j), the implicit attention map of a TTT layer. T is that of q. See
 // attention_map.hpp.
-template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, ParallelPolicy P, class T, Storage W>
+template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, InnerStep Step = Plain, ParallelPolicy P,
+          class T, Storage W>
 [[nodiscard]] Status ttt_attention_map(const Cpu<P>& ctx, const TensorView<T, 4>& q,
                                        In<std::remove_const_t<T>, 4> k, In<std::remove_const_t<T>, 4> v,
                                        const TttWeights<W>& weights, const TensorView<Compute<T>, 4>& out,
@@ -285,14 +390,14 @@ template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, ParallelPoli
   Status status = detail::check_ttt_map<Model, S, W>(queries, k, v, weights, out, options);
   if (!status.ok()) return status;
   Carver carver(ctx.workspace);
-  const auto memory = detail::TttMapMemory<Model, C>::take(carver, static_cast<Index>(ctx.parallel.workers()),
-                                                           q.extents, k.extents, options.ttt.prologue);
+  const auto memory = detail::TttMapMemory<Model, Step, C>::take(
+      carver, static_cast<Index>(ctx.parallel.workers()), q.extents, k.extents, options.ttt.prologue);
   status = carver.check("ttt_attention_map, workspace");
   if (!status.ok()) return status;
 
   const Cpu<P> inner = ctx.with(carver.rest());
   const TttPrologue<W>& p = options.ttt.prologue;
-  status = ttt_update<Model, Loss>(inner, k, v, weights, memory.fast, options.ttt);
+  status = ttt_update<Model, Loss, Step>(inner, k, v, weights, memory.fast, options.ttt);
   if (!status.ok()) return status;
   status = detail::run_prologue<C, S, W>(inner, queries, nullptr, p.q_conv, p.q_conv_bias, p.grid,
                                          memory.widened, memory.q);
@@ -301,10 +406,13 @@ template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, ParallelPoli
                                          p.k_conv_bias, p.grid, memory.widened, memory.k);
   if (!status.ok()) return status;
 
-  const detail::TttMapper<Model, Loss, C, W> mapper{weights, options, memory, out};
   const Index heads = q.extent(2);
-  ctx.parallel.run(q.extent(0) * heads,
-                   [&](Index task, Index worker) { mapper.map(task / heads, task % heads, worker); });
+  ctx.parallel.run(q.extent(0) * heads, [&](Index task, Index worker) {
+    const Index b = task / heads, h = task % heads;
+    const detail::TttMapper<Model, Loss, Step, C, W> mapper(weights, options, memory, b, h, worker);
+    for (Index row = 0; row < out.extent(2); ++row)
+      mapper.map(memory.q.pointer(b, detail::map_query(options.queries, row), h), out.pointer(b, h, row));
+  });
   return {};
 }
 
