@@ -271,10 +271,10 @@ TEST_CASE("a picture may start from another") {
 
 TEST_CASE("noise levels that are left, as the official code counts them") {
   const std::vector<double> levels = sigmas(sd35::Scheduler::sd3, 40);
-  for (const auto& [strength, left] : {std::pair{1.0, 40}, {0.8, 33}, {0.75, 30}, {0.6, 24}, {0.03, 2}}) {
-    CAPTURE(strength);  // 40 (1 - 0.8) is below 8 in double
-    const std::vector<double> rest = sd35::remaining_sigmas(levels, strength);
-    CHECK(rest == std::vector<double>(levels.end() - (left + 1), levels.end()));
+  for (const auto& wanted : {std::pair{1.0, 40}, {0.8, 33}, {0.75, 30}, {0.6, 24}, {0.03, 2}}) {
+    CAPTURE(wanted.first);  // 40 (1 - 0.8) is below 8 in double
+    const std::vector<double> rest = sd35::remaining_sigmas(levels, wanted.first);
+    CHECK(rest == std::vector<double>(levels.end() - (wanted.second + 1), levels.end()));
   }
   const std::vector<double> noise{2, -4};
   std::vector<double> latent{1, 8};
