@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "nn/nn.hpp"
 #include "reference/sd35_models.hpp"
 #include "sd35/clip_text.hpp"
 #include "sd35/conditioning.hpp"
-#include "nn/nn.hpp"
 #include "sd35/t5_encoder.hpp"
 #include "sd35/t5_tokenizer.hpp"
 #include "sd35_files.hpp"

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "sd35/conditioning.hpp"
 #include "nn/image.hpp"
+#include "sd35/conditioning.hpp"
 #include "sd35/vae.hpp"
 #include "support.hpp"
 
