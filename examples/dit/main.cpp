@@ -1,0 +1,290 @@
+// linattn-dit: classes to pictures with a diffusion transformer, several models side by side.
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <iostream>
+#include <memory>
+#include <new>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "nn/image.hpp"
+#include "nn/progress.hpp"
+#include "sampling.hpp"
+#include "sd35/vae.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using nn::Image;
+using nn::Index;
+using nn::Tensor;
+using nn::TensorView;
+
+constexpr const char* examples = R"(Examples:
+  eight classes of ImageNet, as the official sampler draws them
+    linattn-dit -m DiT-XL-2-256x256.safetensors --vae sd-vae-ft-mse \
+      --classes 207,360,387,974,88,979,417,279 --cfg-scale 4 --steps 250 --seed 0 -o grid.png
+  softmax above its conversion by linattn-inherit, and what a step of each costs
+    linattn-dit -m DiT-S-2.safetensors DiT5-S-2.safetensors --vae sd-vae-ft-mse --sampler ddim --steps 50
+  half the width
+    linattn-dit -m DiT-XL-2-256x256.safetensors --vae sd-vae-ft-mse -W 128 --json
+Exit code: 0 when the picture is written, 2 after an error, which stderr states in one sentence.)";
+
+struct Arguments {
+  std::vector<fs::path> models;
+  fs::path vae, output = "samples.png";
+  std::vector<std::int32_t> classes{207, 360, 387, 974, 88, 979, 417, 279};
+  dit::SamplingOptions sampling;
+  std::optional<int> steps;
+  std::string method = "ddpm";
+  std::optional<Index> width, height, heads;
+  Index columns = 0;
+  int threads = 0;
+  bool json = false;
+};
+
+void add_options(CLI::App& app, Arguments& a) {
+  const char* const model = "Model";
+  app.add_option("-m,--model", a.models, "safetensors files or folders; each is drawn, one above the next")
+      ->required()
+      ->group(model);
+  app.add_option("--vae", a.vae, "the VAE of Stable Diffusion 1 or 2, such as sd-vae-ft-mse: folder or file")
+      ->required()
+      ->group(model);
+  app.add_option("--heads", a.heads, "of every attention, where the files do not tell")->group(model);
+
+  const char* const picture = "Picture";
+  app.add_option("-c,--classes", a.classes, "one sample each")
+      ->delimiter(',')
+      ->capture_default_str()
+      ->group(picture);
+  app.add_option("-W,--width", a.width,
+                 "of a sample in pixels (default: what the first model was trained on)")
+      ->group(picture);
+  app.add_option("-H,--height", a.height, "of a sample in pixels (default: likewise)")->group(picture);
+  app.add_option("--columns", a.columns, "samples side by side (default: at most 8)")
+      ->check(CLI::PositiveNumber)
+      ->group(picture);
+  app.add_option("-s,--seed", a.sampling.seed, "of the noise, that of torch on the CPU")
+      ->capture_default_str()
+      ->group(picture);
+  app.add_option("-o,--output", a.output, "PNG file to write")->capture_default_str()->group(picture);
+
+  const char* const sampling = "Sampling";
+  app.add_option("--sampler", a.method, "ddpm (ancestral, the official one), or ddim (eta 0)")
+      ->capture_default_str()
+      ->group(sampling);
+  app.add_option("--steps", a.steps, "default: 250 (ddpm), 50 (ddim)")->group(sampling);
+  app.add_option("--cfg-scale", a.sampling.cfg_scale,
+                 "guidance, on three of four channels as in the official sampler; 1 or less is none")
+      ->capture_default_str()
+      ->group(sampling);
+
+  const char* const run = "Run";
+  app.add_option("-t,--threads", a.threads, "0: all cores; the picture is the same with any number")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 4096))
+      ->group(run);
+  app.add_flag("--json", a.json, "print the result as JSON on stdout")->group(run);
+  app.footer(examples);
+}
+
+// One model on its way.
+struct Entry {
+  fs::path path;
+  std::unique_ptr<dit::Dit<float>> model;
+  std::optional<dit::Sampling<float>> sampling;
+  std::vector<double> milliseconds;  // of each step
+
+  [[nodiscard]] std::string label() const { return linattn::dit_label(model->config().shapes); }
+  [[nodiscard]] double median() const {
+    std::vector<double> sorted = milliseconds;
+    std::sort(sorted.begin(), sorted.end());
+    return sorted[sorted.size() / 2];
+  }
+};
+
+// Samples in rows of `columns`, a white gap between them.
+Image tile(const std::vector<Image>& images, Index columns) {
+  constexpr Index gap = 2;
+  const Index width = images[0].width, height = images[0].height;
+  const Index rows = (static_cast<Index>(images.size()) + columns - 1) / columns;
+  Image all{columns * (width + gap) - gap, rows * (height + gap) - gap, {}};
+  all.rgb.assign(static_cast<std::size_t>(all.width * all.height * 3), 255);
+  for (Index i = 0; i < static_cast<Index>(images.size()); ++i)
+    for (Index y = 0; y < height; ++y)
+      std::copy_n(images[static_cast<std::size_t>(i)].rgb.begin() + y * width * 3, width * 3,
+                  all.rgb.begin() +
+                      ((i / columns * (height + gap) + y) * all.width + i % columns * (width + gap)) * 3);
+  return all;
+}
+
+// One sample at a time: a decoder's activations are large.
+void decode(nn::Runtime& rt, const sd35::VaeDecoder<float>& vae, TensorView<const float, 4> latents,
+            std::vector<Image>& images) {
+  for (Index i = 0; i < latents.extent(0); ++i) {
+    const Tensor<float> pixels = vae.decode(rt, slice<0>(latents, i, 1));
+    if (pixels.extent(3) != 3)
+      throw std::runtime_error("the VAE makes pictures of " + std::to_string(pixels.extent(3)) +
+                               " colours, not 3");
+    images.push_back(nn::to_image<float>({pixels.data(), static_cast<std::size_t>(pixels.elements())},
+                                         pixels.extent(2), pixels.extent(1)));
+  }
+}
+
+// A side of the latents from one of the pictures.
+Index latent_side(std::optional<Index> pixels, const char* name, Index otherwise, Index factor) {
+  if (!pixels) return otherwise;
+  if (*pixels < 1 || *pixels % factor != 0)
+    throw std::runtime_error(std::string(name) + " " + std::to_string(*pixels) +
+                             ": must be a positive multiple of the VAE's " + std::to_string(factor) +
+                             " pixels");
+  return *pixels / factor;
+}
+
+std::string parameters(const Arguments& a, const std::vector<Entry>& entries, const Image& sample) {
+  std::ostringstream text;
+  text << "Classes:";
+  for (const std::int32_t label : a.classes) text << " " << label;
+  text << "\nSteps: " << a.sampling.steps << ", Sampler: " << name(a.sampling.method)
+       << ", CFG scale: " << a.sampling.cfg_scale << ", Seed: " << a.sampling.seed
+       << ", Size: " << sample.width << "x" << sample.height;
+  for (const Entry& entry : entries)
+    text << ", Model: " << entry.label() << " (" << entry.path.filename().string()
+         << "), Linear attention: " << entry.model->converted_modules() << " of " << entry.model->modules();
+  text << ", Version: linattn " << LINATTN_VERSION;
+  return text.str();
+}
+
+nlohmann::ordered_json report(const Arguments& a, const std::vector<Entry>& entries, const Image& sample,
+                              Index threads, double decode_seconds) {
+  nlohmann::ordered_json json{{"output", a.output.string()},
+                              {"classes", a.classes},
+                              {"width", sample.width},
+                              {"height", sample.height},
+                              {"seed", a.sampling.seed},
+                              {"sampler", name(a.sampling.method)},
+                              {"steps", a.sampling.steps},
+                              {"cfg_scale", a.sampling.cfg_scale},
+                              {"threads", threads},
+                              {"decode_seconds", decode_seconds},
+                              {"models", nlohmann::ordered_json::array()}};
+  for (const Entry& entry : entries)
+    json["models"].push_back({{"path", entry.path.string()},
+                              {"model", entry.label()},
+                              {"heads", entry.model->config().heads},
+                              {"attention_modules", entry.model->modules()},
+                              {"linear_attention_modules", entry.model->converted_modules()},
+                              {"milliseconds_a_step", entry.median()}});
+  return json;
+}
+
+int run(Arguments& a) {
+  a.sampling.method = dit::parse_method(a.method);
+  a.sampling.steps = a.steps.value_or(a.sampling.method == dit::Method::ddpm ? 250 : 50);
+  nn::expect_writable(a.output);
+
+  nn::Runtime rt(a.threads);
+  const sd35::Checkpoint vae_file = sd35::Checkpoint::open(a.vae, sd35::Component::vae);
+  const sd35::VaeDecoder<float> vae(vae_file, sd35::VaeConfig::of(vae_file));
+  std::vector<Entry> entries;
+  Index height = 0, width = 0;
+  for (const fs::path& path : a.models) {
+    const nn::Checkpoint checkpoint = dit::open_checkpoint(path);
+    const dit::DitConfig config = dit::DitConfig::of(checkpoint, a.heads);
+    if (config.shapes.channels != vae.latent_channels())
+      throw std::runtime_error(path.string() + ": the model has " + std::to_string(config.shapes.channels) +
+                               " channels, but the latents of the VAE " + a.vae.string() + " have " +
+                               std::to_string(vae.latent_channels()));
+    if (entries.empty()) {
+      const Index trained = config.grid() * config.shapes.patch;
+      height = latent_side(a.height, "height", trained, vae.factor());
+      width = latent_side(a.width, "width", trained, vae.factor());
+    }
+    Entry& entry = entries.emplace_back();
+    entry.path = path;
+    entry.model = std::make_unique<dit::Dit<float>>(checkpoint, config);
+    try {
+      entry.sampling.emplace(*entry.model, a.classes, height, width, a.sampling);
+    } catch (const std::runtime_error& error) {
+      throw std::runtime_error(path.string() + ": " + error.what());
+    }
+  }
+
+  // The models take turns step by step: what else the machine does hits all of them alike.
+  nn::ProgressBar bar;
+  bar.begin();
+  for (int step = 0; step < a.sampling.steps; ++step) {
+    bar.show(step, a.sampling.steps);
+    for (Entry& entry : entries) {
+      const auto start = std::chrono::steady_clock::now();
+      entry.sampling->step(rt);
+      entry.milliseconds.push_back(
+          std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+    }
+  }
+  bar.show(a.sampling.steps, a.sampling.steps);
+
+  const auto start = std::chrono::steady_clock::now();
+  const auto samples = static_cast<Index>(a.classes.size());
+  const Index columns = a.columns > 0 ? std::min(a.columns, samples) : std::min<Index>(8, samples);
+  std::vector<Image> images;
+  for (const Entry& entry : entries) {
+    decode(rt, vae, entry.sampling->latents(), images);
+    // Each model begins a row of its own.
+    const Image blank{images[0].width, images[0].height,
+                      std::vector<std::uint8_t>(images[0].rgb.size(), 255)};
+    while (static_cast<Index>(images.size()) % columns != 0) images.push_back(blank);
+  }
+  const double decode_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  nn::write_png(a.output, tile(images, columns),
+                {{"parameters", parameters(a, entries, images[0])}, {"Software", "linattn"}});
+
+  if (a.json) {
+    std::cout << report(a, entries, images[0], rt.workers(), decode_seconds)
+                     .dump(2, ' ', false, nlohmann::json::error_handler_t::replace)
+              << std::endl;
+    return 0;
+  }
+  for (const Entry& entry : entries)
+    std::printf("%s: %s, %td of %td attentions linear, %.1f ms a step\n", entry.path.c_str(),
+                entry.label().c_str(), entry.model->converted_modules(), entry.model->modules(),
+                entry.median());
+  std::printf("%s\n", a.output.c_str());
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+  CLI::App app("Draws classes with a diffusion transformer (DiT), softmax or DiT5's linear attention.",
+               "linattn-dit");
+  Arguments arguments;
+  add_options(app, arguments);
+  try {
+    app.parse(count, values);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  try {
+    return run(arguments);
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "linattn-dit: out of memory\n");
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "linattn-dit: %s\n", error.what());
+    return 2;
+  }
+}
