@@ -12,6 +12,7 @@
 #include <linattn/cpu.hpp>
 #include <linattn/weights/vit.hpp>
 
+#include "nn/patches.hpp"
 #include "nn/rows.hpp"
 
 namespace deit {
@@ -28,24 +29,6 @@ std::string block_name(Index i) { return "blocks." + std::to_string(i) + "."; }
 
 void require(const linattn::FileStatus& status) {
   if (!status.ok()) throw std::runtime_error(message(status));
-}
-
-// A weight whose elements are stored as T: itself, or a copy.
-template <class T>
-Weight stored_as(const Weight& weight) {
-  constexpr Dtype dtype = std::is_same_v<T, float> ? Dtype::f32 : Dtype::f64;
-  if (weight.dtype == dtype) return weight;
-  const auto values = std::make_shared<const std::vector<T>>(widen<T>(weight));
-  Weight result = weight;
-  result.dtype = dtype;
-  result.data = values->data();
-  result.owner = values;
-  return result;
-}
-
-template <class T>
-TensorView<const T, 2> as_matrix(const Weight& weight) {
-  return {static_cast<const T*>(weight.data), {weight.extent(0), weight.extent(1)}};
 }
 
 // Where an output cell of bicubic interpolation reads, and with which weights.
@@ -114,11 +97,9 @@ Checkpoint open(const std::filesystem::path& path) {
 VitConfig VitConfig::of(const Checkpoint& checkpoint, std::optional<Index> heads) {
   linattn::VitModel model;
   require(recognise_vit(checkpoint.files(), checkpoint.full_name(""), model));
-  std::optional<Index> said;
-  for (const char* key : {"num_heads", "num_attention_heads"})
-    if (const Index count = checkpoint.config_value(key, Index{0}); !said && count != 0) said = count;
   linattn::Heads found;
-  require(find_heads(checkpoint.files(), model.width, heads, said, vit_heads(model), found));
+  require(
+      find_heads(checkpoint.files(), model.width, heads, checkpoint.config_heads(), vit_heads(model), found));
   return {.depth = model.depth,
           .width = model.width,
           .heads = found.count,
@@ -136,7 +117,6 @@ typename Vit<T>::Norm Vit<T>::load_norm(const Checkpoint& checkpoint, const std:
           checkpoint.vector<T>(name + ".bias", config_.width)};
 }
 
-// Takes the module out of `conversion`, so that what is left belongs to no block.
 template <class T>
 typename Vit<T>::Block Vit<T>::load_block(const Checkpoint& checkpoint, const std::string& name,
                                           linattn::Conversion& conversion) const {
@@ -152,13 +132,7 @@ typename Vit<T>::Block Vit<T>::load_block(const Checkpoint& checkpoint, const st
   block.proj_bias = checkpoint.vector<T>(attn + ".proj.bias", width);
   block.fc1 = checkpoint.linear<T>(name + "mlp.fc1", config_.mlp_width, width);
   block.fc2 = checkpoint.linear<T>(name + "mlp.fc2", width, config_.mlp_width);
-  if (const auto found = conversion.find(checkpoint.full_name(attn)); found != conversion.end()) {
-    if (found->second.neighborhood > 0)
-      fail(checkpoint, "module '" + found->first +
-                           "' sits beside neighborhood attention, which a vision transformer does not run");
-    block.ttt = TttModule<T>::load(checkpoint, attn, found->second, config_.heads, config_.head_dim());
-    conversion.erase(found);
-  }
+  block.ttt = TttModule<T>::take(checkpoint, attn, conversion, config_.heads, config_.head_dim());
   return block;
 }
 
@@ -201,27 +175,16 @@ Index Vit<T>::converted_blocks() const {
                        [](const Block& block) { return block.ttt.has_value(); });
 }
 
-// Patch (r, s) is the vector x[ch, r p + i, s p + j], index (ch p + i) p + j: the order of the flattened
-// convolution weight.
 template <class T>
 Tensor<T> Vit<T>::embed(Runtime& rt, const TensorView<const T, 4>& pictures,
                         const Observer<T>& observe) const {
-  const Index batch = pictures.extent(0), channels = config_.channels, p = config_.patch;
+  const Index batch = pictures.extent(0), p = config_.patch;
   const Index rows = pictures.extent(2) / p, columns = pictures.extent(3) / p, cells = rows * columns;
   const Index special = config_.special, width = config_.width;
-  Tensor<T> patches({batch, cells, channels * p * p});
-  rt.parallel_rows(batch * rows, columns * channels * p * p, [&](Index begin, Index end) {
-    for (Index row = begin; row < end; ++row) {
-      T* out = patches.data() + row * columns * channels * p * p;
-      for (Index s = 0; s < columns; ++s)
-        for (Index ch = 0; ch < channels; ++ch)
-          for (Index i = 0; i < p; ++i)
-            for (Index j = 0; j < p; ++j) *out++ = pictures(row / rows, ch, row % rows * p + i, s * p + j);
-    }
-  });
+  const Tensor<T> patches = to_patches<T>(rt, pictures, p);
   Tensor<T> tokens({batch, special + cells, width});
   const TensorView<T, 3> x = tokens.template view<3>(), image = slice<1>(x, special, cells);
-  linear<T>(rt, std::as_const(patches).template view<3>(), patches_, image);
+  linear<T>(rt, patches.template view<3>(), patches_, image);
   if (observe) observe("patch_embed", image);
   for (Index b = 0; b < batch; ++b) std::copy(special_.begin(), special_.end(), x.pointer(b));
 

@@ -24,43 +24,10 @@ constexpr double norm_eps = 1e-6;
 
 std::string block_name(Index i) { return "blocks." + std::to_string(i) + "."; }
 
-// A weight whose elements are stored as T: itself, or a copy.
-template <class T>
-Weight stored_as(const Weight& weight) {
-  constexpr Dtype dtype = std::is_same_v<T, float> ? Dtype::f32 : Dtype::f64;
-  if (weight.dtype == dtype) return weight;
-  const auto values = std::make_shared<const std::vector<T>>(widen<T>(weight));
-  Weight result = weight;
-  result.dtype = dtype;
-  result.data = values->data();
-  result.owner = values;
-  return result;
-}
-
-template <class T>
-TensorView<const T, 2> as_matrix(const Weight& weight) {
-  return {static_cast<const T*>(weight.data), {weight.extent(0), weight.extent(1)}};
-}
-
 // Chunk `index` of the modulations of a layer, [batch, width].
 template <class T>
 TensorView<const T, 2> chunk(const Tensor<T>& modulation, Index index, Index width) {
   return slice<1>(at(modulation.template view<3>(), 0), index * width, width);
-}
-
-// The heads that a converted module or the metadata tell.
-std::optional<Index> told_heads(const Checkpoint& checkpoint) {
-  if (const auto said = checkpoint.metadata().find("linattn.heads"); said != checkpoint.metadata().end()) {
-    Index heads = 0;
-    const char* const end = said->second.data() + said->second.size();
-    if (std::from_chars(said->second.data(), end, heads).ptr == end) return heads;
-  }
-  for (const std::string& name : checkpoint.stored_names())
-    if (name.starts_with("blocks.") && name.ends_with(".attn.w1"))
-      return checkpoint.get(name, {1, Checkpoint::any, Checkpoint::any, Checkpoint::any}).extent(1);
-  for (const char* key : {"num_heads", "num_attention_heads"})
-    if (const Index heads = checkpoint.config_value(key, Index{0}); heads != 0) return heads;
-  return std::nullopt;
 }
 
 }  // namespace
@@ -69,7 +36,7 @@ Checkpoint open_checkpoint(const std::filesystem::path& path) {
   using linattn::WeightSet;
   const Checkpoint whole = Checkpoint::open(path);
   for (const WeightSet set : {WeightSet::ema, WeightSet::raw}) {
-    const auto prefixes = linattn::detail::weight_prefixes(whole.files(), linattn::detail::dit_anchor, set);
+    const auto prefixes = linattn::dit_prefixes(whole.files(), set);
     if (prefixes.size() > 1)
       fail(whole, "holds two diffusion transformers, below '" + prefixes[0] + "' and '" + prefixes[1] + "'");
     if (!prefixes.empty()) return Checkpoint::open(path, prefixes[0]);
@@ -87,12 +54,12 @@ DitConfig DitConfig::of(const Checkpoint& checkpoint, std::optional<Index> heads
   if (const linattn::FileStatus status = linattn::recognise_dit(checkpoint.files(), prefix, shapes);
       !status.ok())
     throw std::runtime_error(message(status));
-  linattn::ModelRules rules;
-  if (const linattn::FileStatus status = linattn::detail::choose_heads(
-          checkpoint.files(), shapes.width, heads, told_heads(checkpoint), linattn::dit_heads(shapes), rules);
+  linattn::Heads found;
+  if (const linattn::FileStatus status = find_heads(checkpoint.files(), shapes.width, heads,
+                                                    checkpoint.config_heads(), dit_heads(shapes), found);
       !status.ok())
     throw std::runtime_error(message(status));
-  config.heads = rules.heads;
+  config.heads = found.count;
 
   const Index area = shapes.patch * shapes.patch, grid = config.grid();
   if (shapes.depth < 1 || shapes.width % 4 != 0 || shapes.frequencies % 2 != 0 || shapes.labels < 2 ||
@@ -126,13 +93,10 @@ typename Dit<T>::Block Dit<T>::load_block(const Checkpoint& checkpoint, const st
   block.fc1 = checkpoint.linear<T>(name + "mlp.fc1", hidden, width);
   block.fc2 = checkpoint.linear<T>(name + "mlp.fc2", width, hidden);
   block.modulation = checkpoint.linear<T>(name + "adaLN_modulation.1", 6 * width, width);
-  if (const auto found = conversion.find(checkpoint.full_name(attn)); found != conversion.end()) {
-    block.ttt = TttModule<T>::load(checkpoint, attn, found->second, config_.heads, width / config_.heads);
-    if (found->second.neighborhood > 0) {
-      block.qk_scale = widen<T>(checkpoint.get(attn + ".qk_scale_ttt", {1, 1, width, 2}));
-      block.qk_offset = widen<T>(checkpoint.get(attn + ".qk_offset_ttt", {1, 1, width, 2}));
-    }
-    conversion.erase(found);  // what is left belongs to no block
+  block.ttt = TttModule<T>::take(checkpoint, attn, conversion, config_.heads, width / config_.heads, true);
+  if (block.ttt && block.ttt->conversion.neighborhood > 0) {
+    block.qk_scale = widen<T>(checkpoint.get(attn + ".qk_scale_ttt", {1, 1, width, 2}));
+    block.qk_offset = widen<T>(checkpoint.get(attn + ".qk_offset_ttt", {1, 1, width, 2}));
   }
   return block;
 }

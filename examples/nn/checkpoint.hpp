@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -75,6 +76,12 @@ class Checkpoint {
       if (!value.is_number_integer()) throw_config(key, "an integer");
     }
     return value.get<V>();
+  }
+  // The heads of the attentions, where config.json tells them: no tensor of a softmax model does.
+  [[nodiscard]] std::optional<Index> config_heads() const {
+    for (const char* key : {"num_heads", "num_attention_heads"})
+      if (const Index heads = config_value(key, Index{0}); heads != 0) return heads;
+    return std::nullopt;
   }
   [[nodiscard]] const linattn::Metadata& metadata() const { return files_->metadata(); }
   [[nodiscard]] const linattn::Safetensors& files() const { return *files_; }

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <filesystem>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -57,6 +60,23 @@ struct TttModule {
       m.k_conv = tensor(".k_conv2d.weight", {width, 1, 3, 3});
       m.k_conv_bias = tensor(".k_conv2d.bias", {width});
     }
+    return m;
+  }
+
+  // The module below `stem` as `conversion` has it, taken out of it, so that what is left belongs to no attention;
+  // nothing where it is not converted. Throws where it sits beside neighborhood attention, unless the model is
+  // `mixed` and runs that, too.
+  [[nodiscard]] static std::optional<TttModule> take(const Checkpoint& checkpoint, const std::string& stem,
+                                                     linattn::Conversion& conversion, Index heads,
+                                                     Index head_dim, bool mixed = false) {
+    const std::string tensor = checkpoint.full_name(stem + ".w1");
+    const auto found = conversion.find(tensor.substr(0, tensor.rfind('.')));
+    if (found == conversion.end()) return std::nullopt;
+    if (found->second.neighborhood > 0 && !mixed)
+      throw std::runtime_error(checkpoint.path().string() + ": module '" + found->first +
+                               "' sits beside neighborhood attention, which this model does not run");
+    TttModule m = load(checkpoint, stem, found->second, heads, head_dim);
+    conversion.erase(found);
     return m;
   }
 

@@ -107,6 +107,25 @@ template <class T>
   return values;
 }
 
+// A weight whose elements are stored as T: itself, or a copy.
+template <class T>
+[[nodiscard]] Weight stored_as(const Weight& weight) {
+  constexpr Dtype dtype = std::is_same_v<T, float> ? Dtype::f32 : Dtype::f64;
+  if (weight.dtype == dtype) return weight;
+  const auto values = std::make_shared<const std::vector<T>>(widen<T>(weight));
+  Weight result = weight;
+  result.dtype = dtype;
+  result.data = values->data();
+  result.owner = values;
+  return result;
+}
+
+// A matrix that is stored as T, as an op takes it.
+template <class T>
+[[nodiscard]] TensorView<const T, 2> as_matrix(const Weight& weight) {
+  return {static_cast<const T*>(weight.data), {weight.extent(0), weight.extent(1)}};
+}
+
 // A vector of the model as an op takes it.
 template <class T>
 [[nodiscard]] TensorView<const T, 1> as_view(const std::vector<T>& values) {

@@ -11,6 +11,8 @@
 
 #include <linattn/cpu.hpp>
 
+#include "nn/patches.hpp"
+
 namespace sd35 {
 namespace {
 
@@ -174,35 +176,6 @@ typename Mmdit<T>::Mlp Mmdit<T>::load_mlp(const Checkpoint& checkpoint, const st
           checkpoint.linear<T>(name + ".fc2", config_.width, config_.mlp_width)};
 }
 
-// Takes the module out of `conversion`, so that what is left belongs to no attention.
-template <class T>
-std::optional<typename Mmdit<T>::Ttt> Mmdit<T>::load_ttt(const Checkpoint& checkpoint,
-                                                         const std::string& name,
-                                                         linattn::Conversion& conversion) const {
-  const std::string tensor = checkpoint.full_name(name + ".w1");
-  const auto found = conversion.find(tensor.substr(0, tensor.size() - 3));
-  if (found == conversion.end()) return std::nullopt;
-  Ttt ttt;
-  ttt.conversion = found->second;
-  conversion.erase(found);
-  const Index heads = config_.heads, head_dim = config_.head_dim();
-  const auto load = [&](const char* parameter, const std::vector<Index>& shape) {
-    return widen<T>(checkpoint.get(name + parameter, shape));
-  };
-  const std::size_t matrices = linattn::matrix_count(ttt.conversion.inner_model);
-  const std::vector<Index> matrix{1, heads, head_dim, head_dim};
-  ttt.w1 = load(".w1", matrix);
-  if (matrices >= 2) ttt.w2 = load(".w2", matrix);
-  if (matrices >= 3) ttt.w3 = load(".w3", matrix);
-  if (ttt.conversion.conv) {
-    ttt.q_conv = load(".q_conv2d.weight", {config_.width, 1, 3, 3});
-    ttt.q_conv_bias = load(".q_conv2d.bias", {config_.width});
-    ttt.k_conv = load(".k_conv2d.weight", {config_.width, 1, 3, 3});
-    ttt.k_conv_bias = load(".k_conv2d.bias", {config_.width});
-  }
-  return ttt;
-}
-
 template <class T>
 Mmdit<T>::Mmdit(const Checkpoint& checkpoint, const MmditConfig& config) : config_(config) {
   const Index width = config_.width, area = config_.patch * config_.patch;
@@ -219,13 +192,10 @@ Mmdit<T>::Mmdit(const Checkpoint& checkpoint, const MmditConfig& config) : confi
   final_modulation_ = checkpoint.linear<T>("final_layer.adaLN_modulation.1", 2 * width, width);
   final_ = checkpoint.linear<T>("final_layer.linear", area * config_.out_channels, width);
 
-  std::filesystem::path json;
-  if (!checkpoint.config().is_null()) json = checkpoint.path().parent_path() / "config.json";
-  linattn::Conversion conversion;
-  if (const linattn::FileStatus status = linattn::read_conversion(checkpoint.files(), conversion, json);
-      !status.ok())
-    throw std::runtime_error(message(status));
-
+  linattn::Conversion conversion = read_conversion(checkpoint);
+  const auto take_ttt = [&](const std::string& stem) {
+    return TttModule<T>::take(checkpoint, stem, conversion, config_.heads, config_.head_dim());
+  };
   for (Index i = 0; i < config_.depth; ++i) {
     const bool last = i + 1 == config_.depth, dual = config_.dual[static_cast<std::size_t>(i)];
     const std::string image = block_name(i) + "x_block.", context = block_name(i) + "context_block.";
@@ -234,13 +204,12 @@ Mmdit<T>::Mmdit(const Checkpoint& checkpoint, const MmditConfig& config) : confi
         checkpoint.linear<T>(image + "adaLN_modulation.1", (dual ? 9 : 6) * width, width);
     block.context_modulation =
         checkpoint.linear<T>(context + "adaLN_modulation.1", (last ? 2 : 6) * width, width);
-    block.joint = {load_projections(checkpoint, image + "attn", true),
-                   load_ttt(checkpoint, image + "attn", conversion)};
+    block.joint = {load_projections(checkpoint, image + "attn", true), take_ttt(image + "attn")};
     block.context = load_projections(checkpoint, context + "attn", !last);
     unify<T>(block.joint.image, &block.context);
     if (dual)
-      block.second = Attention{load_projections(checkpoint, image + "attn2", true),
-                               load_ttt(checkpoint, image + "attn2", conversion)};
+      block.second =
+          Attention{load_projections(checkpoint, image + "attn2", true), take_ttt(image + "attn2")};
     if (dual) unify<T>(block.second->image);
     block.image_mlp = load_mlp(checkpoint, image + "mlp");
     if (!last) block.context_mlp = load_mlp(checkpoint, context + "mlp");
@@ -301,23 +270,12 @@ Tensor<T> Mmdit<T>::embed_context(Runtime& rt, In<T, 3> context, const Observer<
   return out;
 }
 
-// Patch (r, s) is the vector x[ch, r p + i, s p + j], index (ch p + i) p + j: the order of the flattened
-// convolution weight. Its position embedding is that of the centre of the table's grid.
+// The position embedding of a patch is that of the centre of the table's grid.
 template <class T>
 Tensor<T> Mmdit<T>::embed_patches(Runtime& rt, In<T, 4> x, const Observer<T>& observe) const {
-  const Index batch = x.extent(0), channels = x.extent(1), p = config_.patch;
-  const Index height = x.extent(2) / p, width = x.extent(3) / p;
-  Tensor<T> patches({batch, height * width, channels * p * p});
-  rt.parallel_rows(batch * height, width * channels * p * p, [&](Index begin, Index end) {
-    for (Index row = begin; row < end; ++row) {
-      T* out = patches.data() + row * width * channels * p * p;
-      for (Index s = 0; s < width; ++s)
-        for (Index ch = 0; ch < channels; ++ch)
-          for (Index i = 0; i < p; ++i)
-            for (Index j = 0; j < p; ++j) *out++ = x(row / height, ch, row % height * p + i, s * p + j);
-    }
-  });
-  Tensor<T> tokens = linear<T>(rt, std::as_const(patches).template view<3>(), patches_);
+  const Index batch = x.extent(0), p = config_.patch, height = x.extent(2) / p, width = x.extent(3) / p;
+  const Tensor<T> patches = to_patches<T>(rt, x, p);
+  Tensor<T> tokens = linear<T>(rt, patches.template view<3>(), patches_);
   if (observe) observe("patch_embed", std::as_const(tokens).template view<3>());
 
   const Index grid = config_.position_grid, channels_out = config_.width;
@@ -363,26 +321,14 @@ void Mmdit<T>::attend(Runtime& rt, const std::string& what, const Attention& att
             return joint_attention(context, image, text, own, other, image, text_out, options);
           });
     }
-    const Ttt& ttt = *attention.ttt;
-    const auto square = [&](const std::vector<T>& w) {
-      return TensorView<const T, 3>(w.data(),
-                                    {w.empty() ? 0 : config_.heads, config_.head_dim(), config_.head_dim()});
-    };
-    const auto kernel = [&](const std::vector<T>& w) {
-      return TensorView<const T, 4>(w.data(), {static_cast<Index>(w.size()) / 9, 1, 3, 3});
-    };
-    const linattn::TttAttentionWeights<W, T> weights{own,
-                                                     {square(ttt.w1), square(ttt.w2), square(ttt.w3)},
-                                                     kernel(ttt.q_conv),
-                                                     kernel(ttt.k_conv),
-                                                     as_view(ttt.q_conv_bias),
-                                                     as_view(ttt.k_conv_bias)};
+    const TttModule<T>& ttt = *attention.ttt;
+    const linattn::TttAttentionWeights<W, T> weights = ttt.weights(own);
     const linattn::TttLayerOptions options{.heads = config_.heads,
                                            .grid = {0, rows, columns},
                                            .inner_lr = ttt.conversion.inner_lr,
                                            .key_norm_eps = ttt.conversion.key_norm_eps,
                                            .qk_norm_eps = norm_eps};
-    const auto run = [&]<class Model, class Loss>(Model, Loss) {
+    ttt.visit([&]<class Model, class Loss>(Model, Loss) {
       rt.run(
           what,
           [&](const auto& context) {
@@ -393,20 +339,7 @@ void Mmdit<T>::attend(Runtime& rt, const std::string& what, const Attention& att
             return linattn::joint_ttt_attention<Model, Loss>(context, image, text, weights, other, image,
                                                              text_out, options);
           });
-    };
-    const auto with_loss = [&](auto model) {
-      if (ttt.conversion.inner_loss == linattn::InnerLossKind::inner_product)
-        return run(model, linattn::InnerProduct{});
-      run(model, linattn::SquaredError{});
-    };
-    switch (ttt.conversion.inner_model) {
-      case linattn::InnerModelKind::linear:
-        return with_loss(linattn::Linear{});
-      case linattn::InnerModelKind::mlp:
-        return with_loss(linattn::Mlp{});
-      case linattn::InnerModelKind::swiglu:
-        return with_loss(linattn::SwiGlu{});
-    }
+    });
   });
 }
 
@@ -516,18 +449,7 @@ void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulati
   const Tensor<T> patches = linear<T>(rt, image_work, final_);
   show("final_layer", patches.template view<3>());
 
-  // Element (i p + j) channels + ch of token (r, s) is v[ch, r p + i, s p + j]: the channel last, unlike the
-  // order that patches come in.
-  const Index channels = config_.out_channels;
-  rt.parallel_rows(batch * rows, columns * channels * p * p, [&](Index begin, Index end) {
-    for (Index row = begin; row < end; ++row) {
-      const T* in = patches.data() + row * columns * channels * p * p;
-      for (Index s = 0; s < columns; ++s)
-        for (Index a = 0; a < p; ++a)
-          for (Index b = 0; b < p; ++b)
-            for (Index ch = 0; ch < channels; ++ch) v(row / rows, ch, row % rows * p + a, s * p + b) = *in++;
-    }
-  });
+  from_patches<T>(rt, patches.template view<3>(), p, v);
 }
 
 template class Mmdit<float>;

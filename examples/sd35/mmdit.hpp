@@ -8,11 +8,10 @@
 #include <string>
 #include <vector>
 
-#include <linattn/weights/conversion.hpp>
-
 #include "checkpoint.hpp"
 #include "nn/nn.hpp"
 #include "nn/runtime.hpp"
+#include "nn/ttt_module.hpp"
 
 namespace sd35 {
 
@@ -87,15 +86,9 @@ class Mmdit {
   struct Projections {
     Weight q, k, v, out, q_bias, k_bias, v_bias, out_bias, q_norm, k_norm;
   };
-  // The parameters of a Test-Time-Training layer, widened.
-  struct Ttt {
-    linattn::ModuleConversion conversion;
-    std::vector<T> w1, w2, w3;
-    std::vector<T> q_conv, q_conv_bias, k_conv, k_conv_bias;
-  };
   struct Attention {
     Projections image;
-    std::optional<Ttt> ttt;
+    std::optional<TttModule<T>> ttt;
   };
   struct Mlp {
     LinearWeights<T> fc1, fc2;
@@ -110,8 +103,6 @@ class Mmdit {
   };
   [[nodiscard]] Projections load_projections(const Checkpoint& checkpoint, const std::string& name,
                                              bool with_out) const;
-  [[nodiscard]] std::optional<Ttt> load_ttt(const Checkpoint& checkpoint, const std::string& name,
-                                            linattn::Conversion& conversion) const;
   [[nodiscard]] Mlp load_mlp(const Checkpoint& checkpoint, const std::string& name) const;
 
   [[nodiscard]] Tensor<T> embed_patches(Runtime& rt, In<T, 4> x, const Observer<T>& observe) const;
