@@ -7,12 +7,12 @@
 #include <exception>
 #include <filesystem>
 #include <iostream>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "maps.hpp"
+#include "nn/command.hpp"
 #include "picture.hpp"
 
 namespace {
@@ -160,17 +160,5 @@ int main(int count, char** values) {
   app.add_option("-t,--threads", a.threads, "default: all")->capture_default_str();
   app.add_flag("--json", a.json, "key shift ratios and the scale of every map on standard output");
   app.footer(examples);
-  try {
-    app.parse(count, values);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-  try {
-    return run(a);
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "linattn-attention-map: out of memory\n");
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "linattn-attention-map: %s\n", error.what());
-  }
-  return 2;
+  return nn::run_command(app, count, values, [&] { return run(a); });
 }

@@ -10,7 +10,6 @@
 #include <filesystem>
 #include <iostream>
 #include <limits>
-#include <new>
 #include <numeric>
 #include <optional>
 #include <span>
@@ -19,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "nn/command.hpp"
 #include "preprocess.hpp"
 #include "vit.hpp"
 
@@ -242,18 +242,5 @@ int main(int count, char** values) {
       ->capture_default_str();
   app.add_flag("--json", a.json, "print the results as JSON on stdout");
   app.footer(examples);
-  try {
-    app.parse(count, values);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-  try {
-    return run(a);
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "linattn-deit: out of memory\n");
-    return 2;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "linattn-deit: %s\n", error.what());
-    return 2;
-  }
+  return nn::run_command(app, count, values, [&] { return run(a); });
 }

@@ -10,7 +10,6 @@
 #include <filesystem>
 #include <iostream>
 #include <memory>
-#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -18,6 +17,7 @@
 #include <string_view>
 #include <vector>
 
+#include "nn/command.hpp"
 #include "nn/image.hpp"
 #include "nn/progress.hpp"
 #include "sampling.hpp"
@@ -273,18 +273,5 @@ int main(int count, char** values) {
                "linattn-dit");
   Arguments arguments;
   add_options(app, arguments);
-  try {
-    app.parse(count, values);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-  try {
-    return run(arguments);
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "linattn-dit: out of memory\n");
-    return 2;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "linattn-dit: %s\n", error.what());
-    return 2;
-  }
+  return nn::run_command(app, count, values, [&] { return run(arguments); });
 }

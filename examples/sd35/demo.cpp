@@ -18,6 +18,7 @@
 #include <linattn/weights/random.hpp>
 
 #include "embeddings.hpp"
+#include "nn/command.hpp"
 #include "nn/progress.hpp"
 #include "pipeline.hpp"
 
@@ -183,15 +184,5 @@ int main(int count, char** values) {
   app.add_flag("--trained", a.trained,
                "the models are trained and tuned: leave out the note on random weights");
   app.footer("Example: linattn-demo tests/data/sd35-tiny demo/t5 --prompt \"a red fox\" --out demo");
-  try {
-    app.parse(count, values);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-  try {
-    return run(a);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "linattn-demo: %s\n", error.what());
-    return 2;
-  }
+  return nn::run_command(app, count, values, [&] { return run(a); });
 }

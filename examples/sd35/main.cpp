@@ -7,11 +7,11 @@
 #include <exception>
 #include <filesystem>
 #include <iostream>
-#include <new>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "nn/command.hpp"
 #include "nn/progress.hpp"
 #include "pipeline.hpp"
 
@@ -236,18 +236,5 @@ int main(int count, char** values) {
                "linattn-sd35");
   Arguments arguments;
   add_options(app, arguments);
-  try {
-    app.parse(count, values);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-  try {
-    return run(arguments);
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "linattn-sd35: out of memory\n");
-    return 2;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "linattn-sd35: %s\n", error.what());
-    return 2;
-  }
+  return nn::run_command(app, count, values, [&] { return run(arguments); });
 }
