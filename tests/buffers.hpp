@@ -289,4 +289,21 @@ template <class T, int R>
   return same_bits(a.view(), b.view());
 }
 
+// Views as they must not be, for the tests of errors: another extent, a last axis that is not dense, no memory.
+template <class View>
+[[nodiscard]] View with_extent(View view, std::size_t axis, Index value) {
+  view.extents[axis] = value;
+  return view;
+}
+template <class View>
+[[nodiscard]] View with_last_stride(View view) {
+  view.strides.back() = 2;
+  return view;
+}
+template <class View>
+[[nodiscard]] View without_memory(View view) {
+  view.data = nullptr;
+  return view;
+}
+
 }  // namespace support

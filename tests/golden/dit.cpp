@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "activations.hpp"
 #include "dit/diffusion.hpp"
 #include "dit/dit.hpp"
 #include "golden.hpp"
@@ -17,15 +18,6 @@ using golden::Norm;
 using golden::Tolerance;
 using linattn::Index;
 using linattn::TensorView;
-
-template <class T>
-nn::Tensor<T> load(Case& c, const std::string& name) {
-  const golden::Tensor recorded = c.read(name);
-  nn::Tensor<T> result(recorded.shape);
-  for (std::size_t i = 0; i < recorded.values.size(); ++i)
-    result.data()[i] = static_cast<T>(recorded.values[i]);
-  return result;
-}
 
 std::vector<std::int32_t> load_labels(Case& c, const std::string& name) {
   const golden::Tensor recorded = c.read(name);
@@ -61,7 +53,7 @@ void run_as(Case& c, const nn::Checkpoint& checkpoint) {
   };
 
   // The official code computes the sinusoid in float32, whatever else runs in double: its own is what is fed in.
-  const nn::Tensor<T> x = load<T>(c, "input"), official = load<T>(c, "mid.t_freq");
+  const nn::Tensor<T> x = golden::load<T>(c, "input"), official = golden::load<T>(c, "mid.t_freq");
   const nn::Tensor<T> own = sinusoids<T>(c.read("input.t"), config.shapes.frequencies);
   c.check("mid.t_freq", variant, own.template view<2>(), sinusoid_error);
   const nn::Tensor<T> out = predict(x, official, load_labels(c, "input.y"),
@@ -75,7 +67,7 @@ void run_as(Case& c, const nn::Checkpoint& checkpoint) {
   // The first half of the input, twice, with and without its classes; the case has no sinusoid of its own here.
   const golden::Tensor times = c.read("cfg.t");
   const auto labels = load_labels(c, "cfg.y");
-  const nn::Tensor<T> given = c.has("cfg.x") ? load<T>(c, "cfg.x") : x.clone();
+  const nn::Tensor<T> given = c.has("cfg.x") ? golden::load<T>(c, "cfg.x") : x.clone();
   const auto count = static_cast<Index>(labels.size()), half = count / 2;
   nn::Tensor<T> doubled({count, x.extent(1), x.extent(2), x.extent(3)});
   const Index elements = half * x.extent(1) * x.extent(2) * x.extent(3);

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "activations.hpp"
 #include "golden.hpp"
 #include "sd35.hpp"
 #include "sd35/embeddings.hpp"
@@ -21,15 +22,6 @@ using golden::Norm;
 using golden::Tolerance;
 using linattn::Index;
 using linattn::TensorView;
-
-template <class T>
-sd35::Tensor<T> load(Case& c, const std::string& name) {
-  const golden::Tensor recorded = c.read(name);
-  sd35::Tensor<T> result(recorded.shape);
-  for (std::size_t i = 0; i < recorded.values.size(); ++i)
-    result.data()[i] = static_cast<T>(recorded.values[i]);
-  return result;
-}
 
 // The inside of an attention, which the layer keeps to itself, from what goes into it: q and k after the
 // qk-norm, and the result before its projection. Text rows come first.
@@ -100,7 +92,8 @@ void run_as(Case& c, const sd35::Checkpoint& checkpoint, const sd35::MmditConfig
   const char* const variant = golden::variant<T>;
   constexpr bool exact = std::is_same_v<T, double>;
   sd35::Runtime rt;
-  const sd35::Tensor<T> x = load<T>(c, "in.x"), y = load<T>(c, "in.y"), context = load<T>(c, "in.context");
+  const sd35::Tensor<T> x = golden::load<T>(c, "in.x"), y = golden::load<T>(c, "in.y"),
+                        context = golden::load<T>(c, "in.context");
   const golden::Tensor times = c.read("in.t");
   const Index count = static_cast<Index>(times.values.size()), time_width = model.config().time_width;
   sd35::Tensor<T> own({count, time_width});
@@ -158,7 +151,7 @@ void run_as(Case& c, const sd35::Checkpoint& checkpoint, const sd35::MmditConfig
   forward(own_sinusoid, "midx.", "outx.", 1e-11);
   if (c.has("mid.t_freq")) {
     c.check("mid.t_freq", variant, own_sinusoid, sinusoid_error);
-    const sd35::Tensor<T> official = load<T>(c, "mid.t_freq");
+    const sd35::Tensor<T> official = golden::load<T>(c, "mid.t_freq");
     forward(official.template view<2>(), "mid.", "out.", 1e-11);
   } else {
     forward(own_sinusoid, "mid.", "out.", 1e-5);

@@ -210,38 +210,27 @@ TEST_CASE("linear refuses what it cannot do") {
                         const TensorView<float, 1>& bias_, const TensorView<float, 3>& out_) {
     return linear(Cpu{scratch.workspace()}, x_, weight_, bias_, out_).code;
   };
-  const auto extent = [](auto view, std::size_t axis, Index value) {
-    view.extents[axis] = value;
-    return view;
-  };
-  const auto strided = [](auto view) {
-    view.strides.back() = 2;
-    return view;
-  };
-  const auto null = [](auto view) {
-    view.data = nullptr;
-    return view;
-  };
   CHECK(code(x, weight, bias, out) == Code::ok);
   for (std::size_t axis = 0; axis < 3; ++axis) {
-    CHECK(code(extent(x, axis, 0), weight, bias, out) == Code::empty);
-    CHECK(code(extent(x, axis, 9), weight, bias, out) == Code::shape);
-    CHECK(code(x, weight, bias, extent(out, axis, 9)) == Code::shape);
+    CHECK(code(support::with_extent(x, axis, 0), weight, bias, out) == Code::empty);
+    CHECK(code(support::with_extent(x, axis, 9), weight, bias, out) == Code::shape);
+    CHECK(code(x, weight, bias, support::with_extent(out, axis, 9)) == Code::shape);
   }
-  CHECK(code(x, extent(weight, 0, 0), bias, out) == Code::empty);
-  CHECK(code(x, extent(weight, 0, 6), bias, out) == Code::shape);
-  CHECK(code(x, extent(weight, 1, 3), bias, out) == Code::shape);
-  CHECK(code(x, weight, extent(bias, 0, 4), out) == Code::shape);
-  CHECK(code(strided(x), weight, bias, out) == Code::stride);
-  CHECK(code(x, strided(weight), bias, out) == Code::stride);
-  CHECK(code(x, weight, strided(bias), out) == Code::stride);
-  CHECK(code(x, weight, bias, strided(out)) == Code::stride);
-  CHECK(code(null(x), weight, bias, out) == Code::null_data);
-  CHECK(code(x, null(weight), bias, out) == Code::null_data);
-  CHECK(code(x, weight, null(bias), out) == Code::null_data);
-  CHECK(code(x, weight, bias, null(out)) == Code::null_data);
+  CHECK(code(x, support::with_extent(weight, 0, 0), bias, out) == Code::empty);
+  CHECK(code(x, support::with_extent(weight, 0, 6), bias, out) == Code::shape);
+  CHECK(code(x, support::with_extent(weight, 1, 3), bias, out) == Code::shape);
+  CHECK(code(x, weight, support::with_extent(bias, 0, 4), out) == Code::shape);
+  CHECK(code(support::with_last_stride(x), weight, bias, out) == Code::stride);
+  CHECK(code(x, support::with_last_stride(weight), bias, out) == Code::stride);
+  CHECK(code(x, weight, support::with_last_stride(bias), out) == Code::stride);
+  CHECK(code(x, weight, bias, support::with_last_stride(out)) == Code::stride);
+  CHECK(code(support::without_memory(x), weight, bias, out) == Code::null_data);
+  CHECK(code(x, support::without_memory(weight), bias, out) == Code::null_data);
+  CHECK(code(x, weight, support::without_memory(bias), out) == Code::null_data);
+  CHECK(code(x, weight, bias, support::without_memory(out)) == Code::null_data);
   const TensorView<float, 3> square(x.data, {2, 3, 4});
-  CHECK(code(square, extent(weight, 0, 4), extent(bias, 0, 4), square) == Code::alias);
+  CHECK(code(square, support::with_extent(weight, 0, 4), support::with_extent(bias, 0, 4), square) ==
+        Code::alias);
 
   const Workspace all = scratch.workspace();
   const Status none = linear(Cpu{}, x, weight, bias, out);

@@ -247,35 +247,23 @@ TEST_CASE("neighborhood_attention refuses what it cannot do") {
                         const TensorView<float, 4>& v_,
                         const TensorView<float, 4>& out_) { return call(q_, k_, v_, out_, good).code; };
   const auto with = [&](TokenGrid grid, Window kernel) { return call(q, k, v, out, {grid, kernel, {}}); };
-  const auto extent = [](auto view, std::size_t axis, Index value) {
-    view.extents[axis] = value;
-    return view;
-  };
-  const auto strided = [](auto view) {
-    view.strides.back() = 2;
-    return view;
-  };
-  const auto null = [](auto view) {
-    view.data = nullptr;
-    return view;
-  };
   CHECK(code(q, k, v, out) == Code::ok);
   for (std::size_t axis = 0; axis < 4; ++axis) {
-    CHECK(code(extent(q, axis, 0), k, v, out) == Code::empty);
-    CHECK(code(extent(q, axis, 9), k, v, out) == Code::shape);
-    CHECK(code(q, extent(k, axis, 9), v, out) == Code::shape);
-    CHECK(code(q, k, extent(v, axis, 9), out) == Code::shape);
-    CHECK(code(q, k, v, extent(out, axis, 9)) == Code::shape);
+    CHECK(code(support::with_extent(q, axis, 0), k, v, out) == Code::empty);
+    CHECK(code(support::with_extent(q, axis, 9), k, v, out) == Code::shape);
+    CHECK(code(q, support::with_extent(k, axis, 9), v, out) == Code::shape);
+    CHECK(code(q, k, support::with_extent(v, axis, 9), out) == Code::shape);
+    CHECK(code(q, k, v, support::with_extent(out, axis, 9)) == Code::shape);
   }
-  CHECK(code(q, k, extent(v, 3, 0), extent(out, 3, 0)) == Code::empty);
-  CHECK(code(strided(q), k, v, out) == Code::stride);
-  CHECK(code(q, strided(k), v, out) == Code::stride);
-  CHECK(code(q, k, strided(v), out) == Code::stride);
-  CHECK(code(q, k, v, strided(out)) == Code::stride);
-  CHECK(code(null(q), k, v, out) == Code::null_data);
-  CHECK(code(q, null(k), v, out) == Code::null_data);
-  CHECK(code(q, k, null(v), out) == Code::null_data);
-  CHECK(code(q, k, v, null(out)) == Code::null_data);
+  CHECK(code(q, k, support::with_extent(v, 3, 0), support::with_extent(out, 3, 0)) == Code::empty);
+  CHECK(code(support::with_last_stride(q), k, v, out) == Code::stride);
+  CHECK(code(q, support::with_last_stride(k), v, out) == Code::stride);
+  CHECK(code(q, k, support::with_last_stride(v), out) == Code::stride);
+  CHECK(code(q, k, v, support::with_last_stride(out)) == Code::stride);
+  CHECK(code(support::without_memory(q), k, v, out) == Code::null_data);
+  CHECK(code(q, support::without_memory(k), v, out) == Code::null_data);
+  CHECK(code(q, k, support::without_memory(v), out) == Code::null_data);
+  CHECK(code(q, k, v, support::without_memory(out)) == Code::null_data);
 
   CHECK(std::string(with({0, 5, 6}, {2, 5}).what) == "kernel, height (odd)");
   CHECK(std::string(with({0, 5, 6}, {3, 0}).what) == "kernel, width (odd)");

@@ -289,41 +289,30 @@ TEST_CASE("softmax_attention refuses what it cannot do") {
   const auto with_lse = [&](const TensorView<float, 3>& l) {
     return code(q, k, v, out, {.scale = {}, .causal = false, .bias = {}, .lse = l});
   };
-  const auto extent = [](auto view, std::size_t axis, Index value) {
-    view.extents[axis] = value;
-    return view;
-  };
-  const auto strided = [](auto view) {
-    view.strides.back() = 2;
-    return view;
-  };
-  const auto null = [](auto view) {
-    view.data = nullptr;
-    return view;
-  };
   CHECK(code(q, k, v, out, {.scale = 1.0, .causal = true, .bias = bias, .lse = lse}) == Code::ok);
   for (std::size_t axis = 0; axis < 4; ++axis) {
-    CHECK(code(extent(q, axis, 0), k, v, out) == Code::empty);
-    CHECK(code(extent(q, axis, 9), k, v, out) == Code::shape);
-    CHECK(code(q, extent(k, axis, 9), v, out) == Code::shape);
-    CHECK(code(q, k, extent(v, axis, 9), out) == Code::shape);
-    CHECK(code(q, k, v, extent(out, axis, 9)) == Code::shape);
-    CHECK(with_bias(extent(bias, axis, 9)) == Code::shape);
+    CHECK(code(support::with_extent(q, axis, 0), k, v, out) == Code::empty);
+    CHECK(code(support::with_extent(q, axis, 9), k, v, out) == Code::shape);
+    CHECK(code(q, support::with_extent(k, axis, 9), v, out) == Code::shape);
+    CHECK(code(q, k, support::with_extent(v, axis, 9), out) == Code::shape);
+    CHECK(code(q, k, v, support::with_extent(out, axis, 9)) == Code::shape);
+    CHECK(with_bias(support::with_extent(bias, axis, 9)) == Code::shape);
   }
-  CHECK(code(q, extent(k, 1, 0), extent(v, 1, 0), out) == Code::empty);
-  CHECK(code(q, k, extent(v, 3, 0), extent(out, 3, 0)) == Code::empty);
-  for (std::size_t axis = 0; axis < 3; ++axis) CHECK(with_lse(extent(lse, axis, 9)) == Code::shape);
-  CHECK(code(strided(q), k, v, out) == Code::stride);
-  CHECK(code(q, strided(k), v, out) == Code::stride);
-  CHECK(code(q, k, strided(v), out) == Code::stride);
-  CHECK(code(q, k, v, strided(out)) == Code::stride);
-  CHECK(with_bias(strided(bias)) == Code::stride);
-  CHECK(code(null(q), k, v, out) == Code::null_data);
-  CHECK(code(q, null(k), v, out) == Code::null_data);
-  CHECK(code(q, k, null(v), out) == Code::null_data);
-  CHECK(code(q, k, v, null(out)) == Code::null_data);
-  CHECK(with_bias(null(bias)) == Code::null_data);
-  CHECK(with_lse(null(lse)) == Code::null_data);
+  CHECK(code(q, support::with_extent(k, 1, 0), support::with_extent(v, 1, 0), out) == Code::empty);
+  CHECK(code(q, k, support::with_extent(v, 3, 0), support::with_extent(out, 3, 0)) == Code::empty);
+  for (std::size_t axis = 0; axis < 3; ++axis)
+    CHECK(with_lse(support::with_extent(lse, axis, 9)) == Code::shape);
+  CHECK(code(support::with_last_stride(q), k, v, out) == Code::stride);
+  CHECK(code(q, support::with_last_stride(k), v, out) == Code::stride);
+  CHECK(code(q, k, support::with_last_stride(v), out) == Code::stride);
+  CHECK(code(q, k, v, support::with_last_stride(out)) == Code::stride);
+  CHECK(with_bias(support::with_last_stride(bias)) == Code::stride);
+  CHECK(code(support::without_memory(q), k, v, out) == Code::null_data);
+  CHECK(code(q, support::without_memory(k), v, out) == Code::null_data);
+  CHECK(code(q, k, support::without_memory(v), out) == Code::null_data);
+  CHECK(code(q, k, v, support::without_memory(out)) == Code::null_data);
+  CHECK(with_bias(support::without_memory(bias)) == Code::null_data);
+  CHECK(with_lse(support::without_memory(lse)) == Code::null_data);
   for (const double scale :
        {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()})
     CHECK(code(q, k, v, out, {.scale = scale, .causal = false, .bias = {}, .lse = {}}) == Code::option);
