@@ -12,6 +12,10 @@
 #include <linattn/core/status.hpp>
 #include <linattn/version.hpp>
 
+// What cudaStream_t and cublasLtHandle_t point to.
+struct CUstream_st;
+struct cublasLtContext;
+
 LINATTN_BEGIN
 
 // Scratch memory that the caller owns. Ops carve it and never allocate; X_workspace(...) says how much X
@@ -114,5 +118,18 @@ Cpu()->Cpu<Serial>;
 Cpu(Workspace)->Cpu<Serial>;
 template <class Parallel>
 Cpu(Workspace, Parallel) -> Cpu<Parallel>;
+
+// A CUDA device: the current one of the calling thread. Views and the workspace lie in its memory. Ops only put
+// kernels on the stream: they neither allocate nor synchronise, so a stream that captures a graph will do, and
+// the workspace is free again when the stream has come past the op. A Status of Code::native holds the cudaError_t
+// or cublasStatus_t of a launch that failed; what fails while a kernel runs shows where the caller synchronises.
+struct Cuda {
+  Workspace workspace{};
+  CUstream_st* stream = nullptr;         // a cudaStream_t; null: the default stream
+  cublasLtContext* cublas_lt = nullptr;  // a cublasLtHandle_t, which `linear` needs
+
+  // The same context on other scratch memory.
+  [[nodiscard]] constexpr Cuda with(Workspace other) const { return {other, stream, cublas_lt}; }
+};
 
 LINATTN_END

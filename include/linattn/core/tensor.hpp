@@ -11,7 +11,7 @@
 LINATTN_BEGIN
 
 // A tensor that somebody else owns. Strides count elements. Attention views are (batch, token, head,
-// channel).
+// channel). For host code: kernels are given pointers and strides.
 template <class T, int Rank>
 struct TensorView {
   static_assert(Rank >= 1, "a view has at least one axis");
@@ -41,12 +41,8 @@ struct TensorView {
       const TensorView<U, Rank>& other)  // NOLINT: implicit on purpose
       : data(other.data), extents(other.extents), strides(other.strides) {}
 
-  [[nodiscard]] LINATTN_HD constexpr Index extent(int axis) const {
-    return extents[static_cast<std::size_t>(axis)];
-  }
-  [[nodiscard]] LINATTN_HD constexpr Index stride(int axis) const {
-    return strides[static_cast<std::size_t>(axis)];
-  }
+  [[nodiscard]] constexpr Index extent(int axis) const { return extents[static_cast<std::size_t>(axis)]; }
+  [[nodiscard]] constexpr Index stride(int axis) const { return strides[static_cast<std::size_t>(axis)]; }
 
   [[nodiscard]] constexpr Index elements() const {
     Index n = 1;
@@ -56,7 +52,7 @@ struct TensorView {
   [[nodiscard]] constexpr bool empty() const { return elements() == 0; }
 
   template <class... I>
-  [[nodiscard]] LINATTN_HD constexpr T* pointer(I... indices) const {
+  [[nodiscard]] constexpr T* pointer(I... indices) const {
     static_assert(sizeof...(I) <= Rank, "more indices than axes");
     Index offset = 0;
     int axis = 0;
@@ -64,7 +60,7 @@ struct TensorView {
     return data + offset;
   }
   template <class... I>
-  [[nodiscard]] LINATTN_HD constexpr T& operator()(I... indices) const {
+  [[nodiscard]] constexpr T& operator()(I... indices) const {
     static_assert(sizeof...(I) == Rank, "one index an axis");
     return *pointer(indices...);
   }
