@@ -137,6 +137,10 @@ class Buffer {
 
   void poison() { std::memset(static_cast<void*>(memory_.data()), 0xff, memory_.size() * sizeof(T)); }
 
+  // All of it, what lies beside the view included.
+  [[nodiscard]] std::vector<T>& memory() { return memory_; }
+  [[nodiscard]] const std::vector<T>& memory() const { return memory_; }
+
   [[nodiscard]] bool intact() const {
     std::vector<bool> covered(memory_.size());
     for_each_index(view_.extents, [&](const Shape& index) {
