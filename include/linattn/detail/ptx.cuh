@@ -22,6 +22,8 @@ namespace detail {
 template <class S>
 [[nodiscard]] __device__ __forceinline__ S& dynamic_shared() {
   static_assert(alignof(S) <= 1024 && std::is_trivially_default_constructible_v<S>);
+  // Says in the PTX what the kernel keeps there, for the table of resources (tests/cuda/compile.py).
+  asm volatile("// dynamic_shared %0" ::"n"(sizeof(S)));
   extern __shared__ __align__(1024) unsigned char linattn_dynamic_shared[];
   return *reinterpret_cast<S*>(linattn_dynamic_shared);
 }
