@@ -136,6 +136,20 @@ template <class T, int Rank>
   return {};
 }
 
+// Heads that follow each other without a gap, seen as one: an op that works on each channel alone then walks
+// whole rows.
+template <class T>
+[[nodiscard]] constexpr bool heads_are_dense(const TensorView<T, 4>& v) {
+  return v.extent(2) == 1 || v.stride(2) == v.extent(3);
+}
+template <class T>
+[[nodiscard]] constexpr TensorView<T, 4> merge_heads(TensorView<T, 4> v) {
+  v.extents[3] *= v.extents[2];
+  v.extents[2] = 1;
+  v.strides[3] = 1;
+  return v;
+}
+
 }  // namespace detail
 
 LINATTN_END

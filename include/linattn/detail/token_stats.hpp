@@ -17,44 +17,15 @@
 #include <linattn/core/tensor.hpp>
 #include <linattn/detail/lanes.hpp>
 #include <linattn/detail/simd.hpp>
+#include <linattn/detail/stats_chunks.hpp>
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
 namespace detail {
 
-// What normalises a channel: y = ((x - shift) - delta) * scale. The mean is shift + delta, more exactly than
-// one number of type C could hold it. Each array is [batch, channels].
-template <class C>
-struct TokenStats {
-  C* shift = nullptr;
-  C* delta = nullptr;
-  C* scale = nullptr;
-  C* partial = nullptr;  // [batch, chunks, 3, channels]: shift, delta and squared deviations of each chunk
-};
-
 template <class V>
 [[nodiscard]] LINATTN_INLINE V normalize(V x, V shift, V delta, V scale) {
   return ((x - shift) - delta) * scale;
-}
-
-// At most 32 chunks, so that the scratch does not grow with the tokens; at least 128 tokens each.
-inline constexpr Index stats_tile = 8;
-[[nodiscard]] constexpr Index stats_chunk(Index tokens) {
-  const Index thirty_second = (tokens + 31) / 32;
-  return std::max<Index>(128, (thirty_second + stats_tile - 1) / stats_tile * stats_tile);
-}
-[[nodiscard]] constexpr Index stats_chunks(Index tokens) {
-  return (tokens + stats_chunk(tokens) - 1) / stats_chunk(tokens);
-}
-
-template <class C>
-[[nodiscard]] TokenStats<C> take_token_stats(Carver& carver, Index batch, Index tokens, Index channels) {
-  TokenStats<C> stats;
-  stats.shift = carver.take<C>(batch * channels);
-  stats.delta = carver.take<C>(batch * channels);
-  stats.scale = carver.take<C>(batch * channels);
-  stats.partial = carver.take<C>(batch * stats_chunks(tokens) * 3 * channels);
-  return stats;
 }
 
 // Sum over `rows` rows, `step` apart, of term(x).
@@ -150,7 +121,8 @@ LINATTN_NOINLINE void join_chunk_stats(const C* partial, Index tokens, Index cha
   }
 }
 
-// Fills `stats` for x (batch, token, head, channel); eps is added to the biased variance.
+// Fills `stats` for x (batch, token, head, channel); eps is added to the biased variance. Its scratch holds
+// [batch, chunks, 3, channels]: shift, delta and squared deviations of each chunk.
 template <class C, class T, ParallelPolicy P>
 void token_stats(const P& parallel, TensorView<const T, 4> x, double eps, bool divide_by_std,
                  const TokenStats<C>& stats) {
