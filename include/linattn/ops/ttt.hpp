@@ -64,7 +64,9 @@ struct FastWeights {
     return i == 0 ? w1 : i == 1 ? w2 : w3;
   }
   // What ttt_update wrote is what ttt_apply reads.
-  [[nodiscard]] constexpr operator FastWeights<const C>() const requires(!std::is_const_v<C>) {
+  template <class D>
+  requires(std::is_same_v<D, const C> && !std::is_const_v<C>) [[nodiscard]] constexpr
+  operator FastWeights<D>() const {
     return {w1, w2, w3};
   }
 };
