@@ -34,6 +34,13 @@ template <class T, class U, class F>
                              : f(std::integral_constant<int, single>{});
 }
 
+// Tokens of a sample: a kernel's ints may hold twice as many.
+template <class T>
+[[nodiscard]] Status check_token_count(const TensorView<T, 4>& x) {
+  constexpr Index most = Index{1} << 30;
+  return x.extent(1) <= most ? Status{} : fail(Code::option, "x, tokens (on a device)", most, x.extent(1));
+}
+
 // The blocks along x, tiles fastest: neighbours in time are neighbours in memory.
 struct ChannelTiles {
   int heads, head_dim, tiles, parts;
@@ -86,6 +93,18 @@ __device__ __forceinline__ void store_channels(T* to, const float (&from)[Width]
     store(to, float4{from[0], from[1], from[2], from[3]});
   } else {
     store(to, uint2{pack<T>(from[0], from[1]), pack<T>(from[2], from[3])});
+  }
+}
+
+// The same bits elsewhere.
+template <int Width, class T>
+__device__ __forceinline__ void copy_channels(T* to, const T* from) {
+  if constexpr (Width == single) {
+    *to = *from;
+  } else if constexpr (std::is_same_v<T, float>) {
+    store(to, load<float4>(from));
+  } else {
+    store(to, load<uint2>(from));
   }
 }
 

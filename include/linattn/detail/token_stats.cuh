@@ -187,8 +187,7 @@ template <class T>
 [[nodiscard]] Status token_stats(const Cuda& ctx, TensorView<const T, 4> x, double eps, bool divide_by_std,
                                  const TokenStats<float>& stats) {
   LINATTN_REQUIRE_DEVICE_STORAGE(T);
-  constexpr Index most_tokens = Index{1} << 30;  // of which a kernel's ints may hold twice as many
-  if (x.extent(1) > most_tokens) return fail(Code::option, "token_stats, tokens", most_tokens, x.extent(1));
+  if (const Status fits = check_token_count(x); !fits.ok()) return fits;
   if (heads_are_dense(x)) x = merge_heads(x);
   const int tokens = static_cast<int>(x.extent(1)), chunk = static_cast<int>(stats_chunk(tokens)),
             chunks = static_cast<int>(stats_chunks(tokens));
