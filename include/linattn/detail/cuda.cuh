@@ -16,6 +16,10 @@
 LINATTN_BEGIN
 namespace detail {
 
+// CUDA's, which the host's (detail/simd.hpp) would hide where a unit includes both.
+using ::max;
+using ::min;
+
 inline constexpr int warp_size = 32;
 
 // Types that activations may have on a device.

@@ -183,6 +183,7 @@ LINATTN_INLINE void transpose(Pack<T> (&rows)[Pack<T>::size]) {
 
 // Pack<C>::size consecutive elements of storage S.
 template <class C, class S>
+requires std::is_floating_point_v<C>
 [[nodiscard]] LINATTN_INLINE Pack<C> load(const S* p) {
   using P = Pack<C>;
   if constexpr (std::is_same_v<C, S>) {

@@ -58,7 +58,7 @@ struct TttUpdateShared : TttExchange<Width, Model::chained != 0 && Loss::needs_p
 
 // A warp's weights and gradients.
 template <class Model, class Loss, class T, int Width>
-struct TttLearner {
+struct TttMmaLearner {
   static constexpr int projections = Model::projections, steps = Width / 16;
   static constexpr bool chained = Model::chained != 0, predicts = Loss::needs_prediction;
   // Whether anything depends on z.
@@ -305,7 +305,7 @@ static __global__ void __launch_bounds__(2 * Width, 2) ttt_mma_update_kernel(Ttt
   fill_values(0);
   cp_async_commit();
 
-  using Learner = TttLearner<Model, Loss, T, Width>;
+  using Learner = TttMmaLearner<Model, Loss, T, Width>;
   Learner learner;
   if constexpr (Learner::projects) {
 #pragma unroll
