@@ -14,6 +14,8 @@
 // null_data, alias (out is x), workspace.
 #pragma once
 
+#include <type_traits>
+
 #include <linattn/core/context.hpp>
 #include <linattn/core/dtype.hpp>
 #include <linattn/core/status.hpp>
@@ -22,6 +24,10 @@
 
 LINATTN_BEGIN
 namespace detail {
+
+// x is stored in another type than out.
+template <class X, class T>
+concept OtherStorage = Storage<std::remove_const_t<X>> && !std::is_same_v<std::remove_const_t<X>, T>;
 
 template <class X, class W, class B, class T, int R>
 [[nodiscard]] constexpr Status check_linear(const TensorView<const X, R>& x, const TensorView<W, 2>& weight,

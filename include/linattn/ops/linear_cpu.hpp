@@ -248,10 +248,6 @@ template <class P, class X, class W, class B, class T, int R>
   return {};
 }
 
-// x is stored in another type than out.
-template <class X, class T>
-concept OtherStorage = Storage<std::remove_const_t<X>> && !std::is_same_v<std::remove_const_t<X>, T>;
-
 }  // namespace detail
 
 // Bytes of workspace that the same call of `linear` needs; grows with the workers, not with the rows. Few rows take
