@@ -154,6 +154,11 @@ template <class T>
   }
 }
 
+// ---- rounding ----
+
+// a * b, rounded by itself: no compiler makes it a part of a fused multiply-add.
+[[nodiscard]] __device__ __forceinline__ float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+
 // ---- the special function unit ----
 
 // 2^x: error 2 ulp over the full range, -infinity gives 0; subnormal results are flushed to 0.

@@ -1,5 +1,5 @@
 // Test-time-training attention: keys and values train a small model per (batch, head), queries read it. The
-// contract; the inner models, losses and steps are in ttt_inner.hpp, the host's form is in ttt_cpu.hpp.
+// contract; the inner models, losses and steps are in ttt_inner.hpp, the forms in ttt_cpu.hpp and ttt_cuda.cuh.
 //
 //   W' = W - inner_lr * dl/dW                one step, all N = k tokens, every gradient at the initial W
 //   out = f(q; W')                           ColumnClip: dl/dW clipped, column by column
@@ -13,22 +13,28 @@
 // x + conv3x3(x) + bias on the token grid for q and for the normalised k (zeros outside the grid are zeros
 // after the norm). It is fused: raw q, k, v are read (k once more for the statistics), and no token-sized
 // intermediate is written. Its specification is instance_norm and depthwise_conv, whose arithmetic it repeats
-// bit for bit.
+// bit for bit (tensor cores apart).
 //
 // Shapes    q, out (b, nq, h, d); k, v (b, nk, h, d), nk may differ from nq; weights w1, w2, w3 [h, d, d],
 //           those that the model has (ttt_inner.hpp says which), the others empty; fast weights
 //           [b, h, d, d]; conv weights [h * d, 1, 3, 3] and biases [h * d], channel = head * d + j,
 //           or empty. Any d >= 1 and any strides with channel stride 1.
-// Numerics  arithmetic and fast weights in Compute<T>; activations rounded to T once, on output. Token sums
-//           run in tiles of 64 within chunks of 512 tokens, chunks added in order, so results are bitwise
-//           equal for any number of workers. Relative L2 error against double on the same inputs, w ~ d^-1/2:
-//           float 4.3e-7 (d = 128, whatever the tokens; 2e-6 is tested), f16 storage 2e-4 (5e-4), bf16 2e-3
-//           (5e-3).
+// Numerics  arithmetic and fast weights in Compute<T>; activations rounded to T once, on output. On the host
+//           token sums run in tiles of 64 within chunks of 512 tokens, chunks added in order, so results are
+//           bitwise equal for any number of workers. Relative L2 error against double on the same inputs,
+//           w ~ d^-1/2: float 4.3e-7 (d = 128, whatever the tokens; 2e-6 is tested), f16 storage 2e-4 (5e-4),
+//           bf16 2e-3 (5e-3).
+//           On Cuda tokens are split by shapes alone and the splits added in order: the same bits each time, on
+//           any GPU. Float storage: 6e-7 (2e-6 is tested). 16-bit storage on tensor cores rounds to T what enters
+//           a product: up to 8 factors of a result, each wrong by 0.43 u in the mean square (u = 2^-11 for f16,
+//           2^-8 for bf16), so 0.43 sqrt(8) u = 1.2 u in all (2 u is tested); f16 overflows where one of them
+//           passes 65504. Elsewhere only the output is rounded.
 // Errors    empty (an axis), shape, stride, null_data, option (eps negative, a rate or a scale that is not
-//           finite, a grid that does not fit the tokens), alias (out starts where q, k or v does), workspace.
+//           finite, a grid that does not fit the tokens; on Cuda more than 2^30 tokens), alias (out starts where
+//           q, k or v does), workspace.
 //           out must not overlap q, k, v or a weight, and fast weights nothing else.
-// Workspace X_workspace of the same arguments; it does not grow with the tokens, but for two rows of the grid
-//           a worker if the prologue convolves.
+// Workspace X_workspace of the same arguments; it does not grow with the tokens, but on the host for two rows of
+//           the grid a worker if the prologue convolves, on Cuda up to 1024 partial gradients.
 // Source    Transformer-to-TTT, `TTTAttention` of T5 and DiT5; ViTTT, `TTT`.
 #pragma once
 

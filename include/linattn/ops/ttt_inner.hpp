@@ -151,7 +151,8 @@ struct SquaredError {
 
 // An inner step says how far each column of each matrix goes down its gradient,
 //   W'[:, j] = W[:, j] - rate(inner_lr, factor, norm_j) * G[:, j]
-// where factor * G = dl/dW, factor = scale / N, and norm_j = |dl/dW[:, j]|_2, if the step needs it.
+// where factor * G = dl/dW, factor = scale / N, and norm_j = |dl/dW[:, j]|_2, if the step needs it. On Cuda a
+// step that does gives its rate in float.
 template <class S>
 concept InnerStep = requires(double x) {
   { S::needs_column_norm } -> std::convertible_to<bool>;
@@ -162,7 +163,8 @@ concept InnerStep = requires(double x) {
 struct Plain {
   static constexpr bool needs_column_norm = false;
 
-  [[nodiscard]] LINATTN_HD static double rate(double inner_lr, double factor, double) {
+  template <class V>
+  [[nodiscard]] LINATTN_HD static V rate(V inner_lr, V factor, V) {
     return inner_lr * factor;
   }
 };
@@ -172,7 +174,8 @@ struct Plain {
 struct ColumnClip {
   static constexpr bool needs_column_norm = true;
 
-  [[nodiscard]] LINATTN_HD static double rate(double inner_lr, double factor, double norm) {
+  template <class V>
+  [[nodiscard]] LINATTN_HD static V rate(V inner_lr, V factor, V norm) {
     return inner_lr * factor / (norm + 1);
   }
 };
