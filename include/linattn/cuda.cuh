@@ -8,5 +8,6 @@
 #include <linattn/core/tensor.hpp>
 #include <linattn/ops/depthwise_conv_cuda.cuh>
 #include <linattn/ops/instance_norm_cuda.cuh>
+#include <linattn/ops/linear_cuda.cuh>
 #include <linattn/ops/rms_norm_cuda.cuh>
 #include <linattn/version.hpp>

@@ -1,6 +1,7 @@
 // Stand-in for the part of cuBLASLt that the library uses: the same names and meanings (NVIDIA's reference, "Using the
 // cuBLASLt API"), one plain algorithm on the emulated device. It refuses what cuBLASLt has no kernels for, and what the
 // choice of an algorithm was not told to expect: other types, rows that do not start at 16 bytes, other shapes.
+// nvcc takes it, too, where a toolkit came without cuBLASLt and units are only to be compiled.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +19,9 @@ enum cublasStatus_t {
   CUBLAS_STATUS_EXECUTION_FAILED = 13,
   CUBLAS_STATUS_NOT_SUPPORTED = 15
 };
+#if !defined(__CUDACC__)
 enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 };
+#endif
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
 enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 };
 enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 };
@@ -87,13 +90,13 @@ inline bool fits(const cublasLtMatrixLayoutOpaque_t& m, const void* data, std::u
          m.step * bytes % alignment == 0 && (m.batch == 1 || m.batch_step * bytes % alignment == 0);
 }
 
-inline float get(const void* data, std::int64_t i, int type) {
+__device__ inline float get(const void* data, std::int64_t i, int type) {
   using namespace linattn::detail;
   if (type == CUDA_R_32F) return static_cast<const float*>(data)[i];
   if (type == CUDA_R_16F) return to_float(static_cast<const linattn::half*>(data)[i]);
   return to_float(static_cast<const linattn::bfloat16*>(data)[i]);
 }
-inline void put(void* data, std::int64_t i, int type, float value) {
+__device__ inline void put(void* data, std::int64_t i, int type, float value) {
   using namespace linattn::detail;
   if (type == CUDA_R_32F) {
     static_cast<float*>(data)[i] = value;
