@@ -55,7 +55,7 @@ template <class T>
   return aligned;
 }
 
-[[nodiscard]] constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+[[nodiscard]] LINATTN_HD constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
 // The blocks of a launch. CUDA allows 2^31 - 1 along x and 65535 along y and z; ops lay the long axis along x.
 struct Grid {
