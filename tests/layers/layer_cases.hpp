@@ -1,7 +1,7 @@
 // Random parameters of attention layers, in any storage type and in double, and the attentions of the reference.
 #pragma once
 
-#include <linattn/cpu.hpp>
+#include <linattn/layers/ttt_attention.hpp>
 
 #include "../reference/attention_layer.hpp"
 #include "../reference/depthwise_conv.hpp"

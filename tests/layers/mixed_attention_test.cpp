@@ -1,3 +1,4 @@
+#include <linattn/cpu.hpp>
 #include <linattn/layers/mixed_attention.hpp>
 
 #include "../reference/neighborhood_attention.hpp"

@@ -1,3 +1,4 @@
+#include <linattn/cpu.hpp>
 #include <linattn/layers/softmax_attention.hpp>
 
 #include "layer_cases.hpp"

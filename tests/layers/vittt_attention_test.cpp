@@ -1,3 +1,4 @@
+#include <linattn/cpu.hpp>
 #include <linattn/layers/vittt_attention.hpp>
 
 #include "../reference/ttt_conv.hpp"

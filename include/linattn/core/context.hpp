@@ -9,6 +9,7 @@
 #include <omp.h>
 #endif
 
+#include <linattn/core/dtype.hpp>
 #include <linattn/core/status.hpp>
 #include <linattn/version.hpp>
 
@@ -111,6 +112,10 @@ struct Cpu {
   Workspace workspace{};
   Parallel parallel{};
 
+  // In which layers hold activations of storage T from op to op.
+  template <class T>
+  using Between = Compute<T>;
+
   // The same context on other scratch memory.
   [[nodiscard]] constexpr Cpu with(Workspace other) const { return {other, parallel}; }
 };
@@ -127,6 +132,9 @@ struct Cuda {
   Workspace workspace{};
   CUstream_st* stream = nullptr;         // a cudaStream_t; null: the default stream
   cublasLtContext* cublas_lt = nullptr;  // a cublasLtHandle_t, which `linear` needs
+
+  template <class T>
+  using Between = T;
 
   // The same context on other scratch memory.
   [[nodiscard]] constexpr Cuda with(Workspace other) const { return {other, stream, cublas_lt}; }

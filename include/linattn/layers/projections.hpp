@@ -6,7 +6,9 @@
 //   out         = attended W_out^T + b_out, each input's own rows
 //
 // Both inputs are projected into one buffer of the workspace, and the outputs read slices of one, so nothing is
-// concatenated. Between the projections all is held in Compute<T>: 16-bit storage rounds the outputs alone.
+// concatenated. Between the projections all is held in the context's Between<T>. On the host that is Compute<T>: 16-bit
+// storage rounds the outputs alone. On Cuda it is T, which tensor cores take and which halves the traffic: q, k, v, what
+// rms_norm makes of them and what is attended are rounded to T, too.
 // Written once for any context: the ops are found by the context's type, so include the headers of its backend
 // (cpu.hpp for the host).
 #pragma once
@@ -174,7 +176,8 @@ struct AttentionLayer {
 
   template <class Context, class Core>
   [[nodiscard]] std::size_t workspace(const Context& ctx, const Core& core) const {
-    return projects() ? workspace_as<Compute<T>>(ctx, core) : workspace_as<T>(ctx, core);
+    return projects() ? workspace_as<typename Context::template Between<T>>(ctx, core)
+                      : workspace_as<T>(ctx, core);
   }
 
   template <class Context, class Core>
@@ -184,7 +187,7 @@ struct AttentionLayer {
     if (ctx.workspace.data == nullptr || ctx.workspace.size < needed)
       return fail(Code::workspace, what, static_cast<Index>(needed),
                   ctx.workspace.data == nullptr ? 0 : static_cast<Index>(ctx.workspace.size));
-    return projects() ? run_as<Compute<T>>(ctx, core) : run_as<T>(ctx, core);
+    return projects() ? run_as<typename Context::template Between<T>>(ctx, core) : run_as<T>(ctx, core);
   }
 
  private:

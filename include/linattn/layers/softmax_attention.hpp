@@ -5,8 +5,9 @@
 //
 // Shapes: x (b, n, in), out (b, n, any); projections [heads * head_dim, in], out projection [any, heads *
 // head_dim], or none (empty): then out is (b, n, heads * head_dim), head-major.
-// Numerics: those of linear, rms_norm and softmax_attention; all between the projections is held in
-// Compute<T>, so 16-bit storage rounds `out` alone; without an output projection q, k and v are rounded to T.
+// Numerics: those of linear, rms_norm and softmax_attention. On the host all between the projections is held in
+// Compute<T>, so 16-bit storage rounds `out` alone; without an output projection, and on Cuda, q, k, v and what is
+// attended are rounded to T, too.
 // Errors: those of the ops, with the names of the layer's tensors; workspace. `out` may be x, if the layer has an
 // output projection.
 // Source: A. Vaswani et al., "Attention is all you need", 2017; with qk-norm the attn2 of SD3.5 Medium.

@@ -11,8 +11,9 @@
 //
 // Shapes: as softmax_attention_layer; w1, w2, w3 [heads, head_dim, head_dim], those that the model has; conv
 // weights [heads * head_dim, 1, 3, 3], biases [heads * head_dim], or empty.
-// Numerics: those of linear, rms_norm and ttt; all between the projections is held in Compute<T>, so
-// 16-bit storage rounds `out` alone; without an output projection q, k and v are rounded to T.
+// Numerics: those of linear, rms_norm and ttt. On the host all between the projections is held in Compute<T>, so
+// 16-bit storage rounds `out` alone; without an output projection, and on Cuda, q, k, v and what is attended are
+// rounded to T, too.
 // Errors: those of the ops, with the names of the layer's tensors; workspace. `out` may be x, if the layer has an
 // output projection.
 // Source: T5/models.py, T5/models_tttv0.py and DiT5/models.py of LeapLabTHU/Transformer-to-TTT.
