@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Builds and runs users of the library as users do: from the installed tree with a bare compiler, by pkg-config and by
 CMake's find_package, there and after the tree was moved; and as a Meson subproject of the source tree. The user's program
-is examples/hello_cpu.cpp, which is the README's example."""
+is examples/hello_cpu.cpp; a device's includes all of its headers."""
 
 import argparse
 import os
@@ -27,11 +27,15 @@ def run(what: str, *command, cwd=None, fails_with: str = "") -> None:
 
 
 def readme(source: pathlib.Path) -> None:
-    blocks = re.findall(r"```cpp\n(.*?)```", (source / "README.md").read_text(), re.S)
-    hello = (source / "examples" / "hello_cpu.cpp").read_text()
-    if hello not in blocks:
-        sys.exit("FAIL README.md's C++ example is not examples/hello_cpu.cpp")
-    print("ok   README.md's C++ example is examples/hello_cpu.cpp", flush=True)
+    """The programs that README.md shows are examples/hello_*, word for word."""
+    examples = {path.read_text(): path.name for path in (source / "examples").glob("hello_*")}
+    shown = [block for block in re.findall(r"```\w+\n(.*?)```", (source / "README.md").read_text(), re.S) if "int main(" in block]
+    if not shown:
+        sys.exit("FAIL README.md shows no program")
+    for block in shown:
+        if block not in examples:
+            sys.exit(f"FAIL README.md shows a program that is none of {', '.join(examples.values())}:\n{block}")
+        print(f"ok   README.md shows {examples[block]}", flush=True)
 
 
 def install(build: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
@@ -83,6 +87,15 @@ def cmake(source: pathlib.Path, prefix: pathlib.Path, compiler: str, scratch: pa
             fails_with="not accepted")
 
 
+def cuda(source: pathlib.Path, prefix: pathlib.Path, system: list[str], scratch: pathlib.Path) -> None:
+    if shutil.which("nvcc") is None:
+        return print("skip nvcc: it is not installed", flush=True)
+    unit = scratch / "unit.cu"
+    unit.write_text("#include <linattn/cuda.cuh>\n")
+    run("nvcc on the installed tree", "nvcc", "-std=c++20", "-arch=sm_80", "-Werror=all-warnings", f"-I{prefix}/include",
+        *(f"-isystem={path}" for path in system), "-c", unit, "-o", scratch / "unit.o")
+
+
 def subproject(source: pathlib.Path, scratch: pathlib.Path) -> None:
     project = scratch / "consumer"
     shutil.copytree(HERE / "subproject", project)
@@ -101,6 +114,7 @@ def main() -> None:
     parser.add_argument("source", type=pathlib.Path)
     parser.add_argument("build", type=pathlib.Path)
     parser.add_argument("--compiler", action="append", required=True)
+    parser.add_argument("--system", action="append", default=[], help="folder of headers that the CUDA toolkit lacks")
     arguments = parser.parse_args()
     source, build = arguments.source.resolve(), arguments.build.resolve()
     readme(source)
@@ -108,6 +122,7 @@ def main() -> None:
         scratch = pathlib.Path(folder)
         prefix = install(build, scratch)
         bare(source, prefix, arguments.compiler, scratch)
+        cuda(source, prefix, arguments.system, scratch)
         for place in (prefix, scratch / "moved elsewhere"):
             if place != prefix:
                 prefix.rename(place)
