@@ -321,6 +321,7 @@ TEST_CASE("the workspace is what the query says, and does not grow with the toke
     return ttt_workspace(Cuda{}, x, x, x, TttWeights<bfloat16>{}, x, {.prologue = {.key_norm = true}});
   };
   CHECK(bytes(1 << 16) == bytes(1 << 20));
+  CHECK(bytes(0) < bytes(1));
 
   Problem<SwiGluIp, float> p({.queries = 70, .keys = 90, .heads = 2, .head_dim = 24});
   const auto fast = p.make_fast();

@@ -66,10 +66,11 @@ inline constexpr int ttt_plain_update_tiles = 2 + Model::chained + ttt_plain_der
 inline constexpr int ttt_plain_apply_tiles = 2;
 
 // Tokens of a block, from the shapes alone: some 1024 blocks, but not less than 256 tokens each, which outweigh its
-// partial sums.
+// partial sums. A query of the workspace may come with empty shapes.
 [[nodiscard]] constexpr Index ttt_plain_split_tokens(Index groups, Index tokens) {
-  const Index most = std::max<Index>(std::min(1024 / groups, tokens / 256), 1);
-  return ceil_div(ceil_div(tokens, most), 2 * ttt_plain_rows) * (2 * ttt_plain_rows);
+  constexpr Index tile = 2 * ttt_plain_rows;
+  const Index most = std::min(1024 / std::max<Index>(groups, 1), tokens / 256);
+  return std::max<Index>(ceil_div(ceil_div(tokens, std::max<Index>(most, 1)), tile), 1) * tile;
 }
 
 // ---- a copy of the matrices ----
@@ -87,12 +88,12 @@ struct TttPackParameters {
 
 template <class S>
 static __global__ void __launch_bounds__(ttt_plain_threads) ttt_pack_kernel(TttPackParameters<S> p) {
-  const Index group = blockIdx.x / p.slots;
-  const int slot = static_cast<int>(blockIdx.x % p.slots);
+  const Index block = blockIdx.x, group = block / p.slots;
+  const int slot = static_cast<int>(block % p.slots);
   const bool transpose = slot >= p.count;
   const Rows<const S> matrix = p.matrices[transpose ? p.transposed + slot - p.count : slot];
   const S* const from = matrix.at(group / p.heads, 0, group % p.heads);
-  float* const to = p.to + static_cast<Index>(blockIdx.x) * p.padded * p.padded;
+  float* const to = p.to + block * p.padded * p.padded;
   for (int row = static_cast<int>(threadIdx.x) / warp_size; row < p.padded; row += ttt_plain_warps)
     for (int column = static_cast<int>(threadIdx.x) % warp_size; column < p.padded; column += warp_size) {
       const bool inside = row < p.head_dim && column < p.head_dim;

@@ -37,6 +37,7 @@ struct TttStepParameters {
   Rows<float> fast_weights[3]{};  // (batch, row, head)
   const float* partials;          // [split, batch * heads, matrix, size, size]
   Index groups, splits, heads;    // batch * heads, ...
+  Index across;                   // blocks that a matrix's columns make
   int matrices, head_dim, size;   // size >= head_dim
   float inner_lr, factor;         // as in InnerStep
   float rate;                     // inner_lr * factor, unless it depends on the column
@@ -52,10 +53,10 @@ template <class Step, class W>
 static __global__ void __launch_bounds__(ttt_step_warps* warp_size) ttt_step_kernel(TttStepParameters<W> p) {
   const int lane = static_cast<int>(threadIdx.x) % warp_size,
             warp = static_cast<int>(threadIdx.x) / warp_size;
-  const int across = (p.head_dim + warp_size - 1) / warp_size;
-  const int column = static_cast<int>(blockIdx.x % across) * warp_size + lane;
-  const int matrix = static_cast<int>(blockIdx.x / across % p.matrices);
-  const Index group = blockIdx.x / across / p.matrices, b = group / p.heads, h = group % p.heads;
+  const Index block = blockIdx.x;
+  const int column = static_cast<int>(block % p.across) * warp_size + lane;
+  const int matrix = static_cast<int>(block / p.across % p.matrices);
+  const Index group = block / p.across / p.matrices, b = group / p.heads, h = group % p.heads;
   const bool inside = column < p.head_dim;
 
   const Index square = Index{p.size} * p.size, between = p.groups * p.matrices * square;
@@ -110,6 +111,7 @@ template <class Model, class Step, class W>
                          .groups = groups,
                          .splits = splits,
                          .heads = heads,
+                         .across = ceil_div(d, warp_size),
                          .matrices = matrices<Model>,
                          .head_dim = static_cast<int>(d),
                          .size = size,
@@ -121,23 +123,32 @@ template <class Model, class Step, class W>
     p.fast_weights[i] = {fast_weights[i].data, fast_weights[i].stride(0), fast_weights[i].stride(2),
                          fast_weights[i].stride(1)};
   }
-  return launch(ctx, "ttt, step", ttt_step_kernel<Step, W>,
-                Grid{ceil_div(d, warp_size) * matrices<Model> * groups}, ttt_step_warps * warp_size,
-                Step::needs_column_norm ? sizeof(TttStepShared) : 0, p);
+  return launch(ctx, "ttt, step", ttt_step_kernel<Step, W>, Grid{p.across * matrices<Model> * groups},
+                ttt_step_warps * warp_size, Step::needs_column_norm ? sizeof(TttStepShared) : 0, p);
 }
 
 // ---- the two halves ----
 
-// Whether the tensor cores have a way for heads of this size, wherever they lie.
+// Whether there are heads that can go the way of tensor cores.
 template <class Model, class Loss, class T>
-[[nodiscard]] constexpr bool ttt_mma_may_fit(Index head_dim) {
-  return has_ttt_mma<Model, Loss> && sizeof(T) == 2 && head_dim <= 64 && head_dim % 8 == 0;
-}
+inline constexpr bool may_use_ttt_mma = has_ttt_mma<Model, Loss> && sizeof(T) == 2;
 
 // Tokens are counted in ints by the kernels.
 [[nodiscard]] constexpr Status check_ttt_tokens(Index tokens, const char* what) {
   constexpr Index most = Index{1} << 30;
   return tokens <= most ? Status{} : fail(Code::option, what, most, tokens);
+}
+
+// Of an update; a query of the workspace may come with empty shapes.
+template <class T, class W>
+[[nodiscard]] Index ttt_mma_split_tokens(const TensorView<T, 4>& k, const TttOptions<W>& options) {
+  const auto positive = [](Index x) { return std::max<Index>(x, 1); };
+  return ttt_mma_split_tokens(positive(k.extent(0) * k.extent(2)), positive(k.extent(1)),
+                              options.prologue.k_conv, options.prologue.grid);
+}
+template <class T, class W>
+[[nodiscard]] Index ttt_mma_splits(const TensorView<T, 4>& k, const TttOptions<W>& options) {
+  return ceil_div(k.extent(1), ttt_mma_split_tokens(k, options));
 }
 
 // What either way needs, so that the size does not depend on where views lie in memory.
@@ -155,8 +166,9 @@ struct TttUpdateScratch {
     if (prologue.key_norm)
       s.stats = take_token_stats<float>(carver, k.extent(0), k.extent(1), k.extent(2) * k.extent(3));
     s.plain = take_ttt_plain_update<Model>(carver, k);
-    // The plain way has the larger matrices, and at least as many splits.
-    s.partials = carver.take<float>(ttt_plain_splits(k) * groups * matrices<Model> *
+    // The plain way has the larger matrices; the other may have more splits.
+    const Index splits = std::max(ttt_plain_splits(k), ttt_mma_splits(k, options));
+    s.partials = carver.take<float>(splits * groups * matrices<Model> *
                                     ttt_plain_update_shape<Model>(k.extent(3)).matrix());
     return s;
   }
@@ -184,13 +196,11 @@ template <class Model, class Loss, class Step, class T, class W>
     const Status status = token_stats(ctx, k, prologue.key_norm_eps, true, scratch.stats);
     if (!status.ok()) return status;
   }
-  if constexpr (ttt_mma_may_fit<Model, Loss, T>(64)) {
+  if constexpr (may_use_ttt_mma<Model, Loss, T>) {
     if (ttt_mma_fits(k, v)) {
-      const Index split_tokens =
-          ttt_mma_split_tokens(k.extent(0) * k.extent(2), k.extent(1), prologue.k_conv, prologue.grid);
-      const Index splits = ceil_div(k.extent(1), split_tokens);
-      const Status status = ttt_mma_update<Model, Loss, T, W>(ctx, k, v, weights, stats, splits, split_tokens,
-                                                              scratch.partials, options);
+      const Index splits = ttt_mma_splits(k, options);
+      const Status status = ttt_mma_update<Model, Loss, T, W>(
+          ctx, k, v, weights, stats, splits, ttt_mma_split_tokens(k, options), scratch.partials, options);
       if (!status.ok()) return status;
       return ttt_step<Model, Step, W>(ctx, weights, scratch.partials, splits, k.extent(1),
                                       static_cast<int>(k.extent(3)), fast_weights, options);
@@ -207,7 +217,7 @@ template <class Model, class T, class W>
 [[nodiscard]] Status ttt_answer(const Cuda& ctx, const TensorView<const T, 4>& q,
                                 const FastWeights<const float>& fast_weights, const TensorView<T, 4>& out,
                                 const TttPlainScratch& scratch, const TttOptions<W>& options) {
-  if constexpr (ttt_mma_may_fit<Model, InnerProduct, T>(64)) {
+  if constexpr (may_use_ttt_mma<Model, InnerProduct, T>) {
     if (ttt_mma_fits(q, out)) return ttt_mma_apply<Model, T, W>(ctx, q, fast_weights, out, options);
   }
   return ttt_plain_apply<Model, T, W>(ctx, q, fast_weights, out, scratch, options);
