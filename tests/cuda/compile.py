@@ -92,12 +92,12 @@ def parse(log: str, ptx: str) -> dict[str, Kernel]:
         body, kernel = entry[0], kernels.setdefault(entry[1], Kernel())
         bounds = re.search(r"^\.maxntid (\d+)(?:, (\d+), (\d+))?", body, re.M)
         if bounds is None:
-            raise ValueError(f"{readable(entry[1])}: no __launch_bounds__")
+            raise ValueError(f"{entry[1]}: no __launch_bounds__")
         kernel.threads = int(bounds[1]) * int(bounds[2] or 1) * int(bounds[3] or 1)
         kernel.shared = max((int(n) for n in re.findall(r"// dynamic_shared (\d+)", body)), default=0)
     for name, arch, used in re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?: Used ([^\n]*)", log, re.S):
         if " bytes smem" in used:
-            raise ValueError(f"{readable(name)}: static shared memory, which the table would not show")
+            raise ValueError(f"{name}: static shared memory, which the table would not show")
         kernels[name].registers[int(arch)] = int(re.match(r"(\d+) registers", used)[1])
     return kernels
 
@@ -128,7 +128,7 @@ class Toolkit:
                                   pathlib.Path(folder, "unit.o")], text=True, capture_output=True)
             log = run.stdout + run.stderr
             if run.returncode != 0:
-                raise ValueError(subprocess.run(["c++filt"], input=log, text=True, capture_output=True).stdout[-6000:])
+                raise ValueError(log)
             ptx = "".join(path.read_text() for path in pathlib.Path(folder).glob("*.ptx"))
             kernels = parse(log, ptx)
             depends = re.sub(r"\\\n", " ", files.read_text()).split(":", 1)[1].split()
@@ -214,7 +214,7 @@ def main() -> int:
         try:
             return unit, toolkit.compile(unit, archs), ""
         except ValueError as error:
-            return unit, {}, str(error)
+            return unit, {}, subprocess.run(["c++filt"], input=str(error), text=True, capture_output=True).stdout[-6000:]
 
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         for unit, found, error in pool.map(one, units):

@@ -118,7 +118,7 @@ struct Params {
 };
 
 // A block has a column of d, a thread the rows thread, thread + 32, ... of it. Sums of 16 products are added up.
-static __global__ void matmul_kernel(Params p) {
+static __global__ void __launch_bounds__(32) matmul_kernel(Params p) {
   const std::int64_t column = blockIdx.x, batch = blockIdx.y;
   if (column == 0 && batch == 0 && threadIdx.x == 0) p.workspace[0] = p.workspace[p.workspace_bytes - 1] = 0;
   for (std::int64_t row = threadIdx.x; row < p.d.rows; row += 32) {
