@@ -122,7 +122,7 @@ def update(n: int, conv: bool = False) -> list[Work]:
         Work("ttt_mma_update" + (", conv" if conv else ""), memory=(2 * tokens + around) * D * STORED + blocks * gradients,
              flop=12 * tokens * D * D, special=2 * tokens * D, shared=tokens * D * STORED * (22 if conv else 20),
              scalar=tokens * D * (53 if conv else 28), blocks=blocks),
-        Work("ttt_reduce", memory=(blocks + 2 * SETS) * gradients, scalar=2 * blocks * gradients / FLOAT),
+        Work("ttt_step", memory=(blocks + 2 * SETS) * gradients, scalar=2 * blocks * gradients / FLOAT),
     ]
 
 

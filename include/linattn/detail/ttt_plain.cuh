@@ -506,8 +506,8 @@ template <class Model, class Loss, class T, class W>
                             shape.padded, slots,           matrices<Model>, Model::projections};
   for (int i = 0; i < matrices<Model>; ++i)
     pack.matrices[i] = {weights[i].data, 0, weights[i].stride(1), weights[i].stride(0)};
-  const Status packed = launch(ctx, "ttt, copy of the weights", ttt_pack_kernel<W>, Grid{k.extent(2) * slots},
-                               ttt_plain_threads, 0, pack);
+  const Status packed =
+      launch(ctx, "ttt_pack", ttt_pack_kernel<W>, Grid{k.extent(2) * slots}, ttt_plain_threads, 0, pack);
   if (!packed.ok()) return packed;
 
   const TttPrologue<W>& prologue = options.prologue;
@@ -526,7 +526,7 @@ template <class Model, class Loss, class T, class W>
     p.keys.delta = stats->delta;
     p.keys.scale = stats->scale;
   }
-  return launch(ctx, "ttt, partial gradients", ttt_plain_update_kernel<Model, Loss, T, W>,
+  return launch(ctx, "ttt_plain_update", ttt_plain_update_kernel<Model, Loss, T, W>,
                 Grid{ttt_plain_splits(k) * groups}, ttt_plain_threads,
                 shape.is_shared(tiles) ? shape.bytes(tiles) : 0, p);
 }
@@ -545,8 +545,8 @@ template <class Model, class T, class W>
   for (int i = 0; i < count; ++i)
     pack.matrices[i] = {fast_weights[i].data, fast_weights[i].stride(0), fast_weights[i].stride(2),
                         fast_weights[i].stride(1)};
-  const Status packed = launch(ctx, "ttt, copy of the fast weights", ttt_pack_kernel<float>,
-                               Grid{groups * count}, ttt_plain_threads, 0, pack);
+  const Status packed =
+      launch(ctx, "ttt_pack", ttt_pack_kernel<float>, Grid{groups * count}, ttt_plain_threads, 0, pack);
   if (!packed.ok()) return packed;
 
   const TttPrologue<W>& prologue = options.prologue;
@@ -558,8 +558,8 @@ template <class Model, class T, class W>
       .tiles = scratch.tiles,
       .groups = groups,
       .split_tokens = static_cast<int>(ttt_plain_split_tokens(groups, q.extent(1)))};
-  return launch(ctx, "ttt, answers", ttt_plain_apply_kernel<Model, T, W>, Grid{ttt_plain_splits(q) * groups},
-                ttt_plain_threads,
+  return launch(ctx, "ttt_plain_apply", ttt_plain_apply_kernel<Model, T, W>,
+                Grid{ttt_plain_splits(q) * groups}, ttt_plain_threads,
                 shape.is_shared(ttt_plain_apply_tiles) ? shape.bytes(ttt_plain_apply_tiles) : 0, p);
 }
 

@@ -123,7 +123,7 @@ template <class Model, class Step, class W>
     p.fast_weights[i] = {fast_weights[i].data, fast_weights[i].stride(0), fast_weights[i].stride(2),
                          fast_weights[i].stride(1)};
   }
-  return launch(ctx, "ttt, step", ttt_step_kernel<Step, W>, Grid{p.across * matrices<Model> * groups},
+  return launch(ctx, "ttt_step", ttt_step_kernel<Step, W>, Grid{p.across * matrices<Model> * groups},
                 ttt_step_warps * warp_size, Step::needs_column_norm ? sizeof(TttStepShared) : 0, p);
 }
 
