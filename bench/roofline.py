@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each CUDA kernel should cost at SD3.5 Medium's sizes: the largest of six bounds, on three GPUs. docs/cuda.md says
+"""What each CUDA kernel should cost at SD3.5 Medium's sizes: the largest of six bounds, on some GPUs. docs/cuda.md says
 how they are meant.
 
   roofline.py                        prints the table; --update writes it into docs/cuda.md, --check fails if that changes it
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -30,6 +31,7 @@ LAUNCH = 1.5  # microseconds between two kernels of one stream
 @dataclasses.dataclass(frozen=True)
 class Gpu:
     name: str
+    reported: str  # by the driver, as a pattern
     multiprocessors: int
     clock: float  # GHz under load
     memory: float  # GB/s
@@ -51,9 +53,10 @@ class Gpu:
 # (W. Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024). H20's rate is
 # cut below that.
 GPUS = [
-    Gpu("H100 SXM", 132, 1.755, 3350, 5700, 989, 0.62),
-    Gpu("H20", 78, 1.98, 4000, 5700, 148, 1.0),
-    Gpu("RTX 4090", 128, 2.52, 1008, 5000, 165, 1.0),
+    Gpu("H100 SXM", r"H100 80GB HBM3", 132, 1.755, 3350, 5700, 989, 0.62),
+    Gpu("H200", r"H200\b", 132, 1.755, 4800, 5700, 989, 0.62),
+    Gpu("H20", r"H20\b", 78, 1.98, 4000, 5700, 148, 1.0),
+    Gpu("RTX 4090", r"RTX 4090$", 128, 2.52, 1008, 5000, 165, 1.0),
 ]
 
 
@@ -190,7 +193,7 @@ def measured(program: str) -> int:
     if run.returncode != 0:
         return run.returncode
     device, *results = map(json.loads, run.stdout.splitlines())
-    gpu = next((gpu for gpu in GPUS if all(word in device["name"] for word in gpu.name.split()[:1] + gpu.name.split()[-1:])), None)
+    gpu = next((gpu for gpu in GPUS if re.search(gpu.reported, device["name"])), None)
     print(f"{device['name']}, {device['multiprocessors']} SMs" + ("" if gpu else ": no prediction, its figures are not in bench/roofline.py"))
     print(f"{'op':24} {'tokens':>6} {'measured, us':>12}" + (f" {'predicted':>9} {'floor':>9} {'of floor':>8}" if gpu else ""))
     for result in results:
