@@ -95,9 +95,10 @@ TEST_CASE_TEMPLATE("linear on Cuda is exact where every sum is", S, Types<float,
   const Runner runner;
   // Rows that start at 16 bytes, those behind each other and those with gaps, and rows that do not.
   for (const Index gap : {0, 8, 3})
-    for (const auto& [batch, rows, in, outputs] : shapes)
+    for (const auto& shape : shapes)
       for (const bool biased : {true, false}) {
-        CAPTURE(text(std::array<Index, 4>{batch, rows, in, outputs}));
+        const auto [batch, rows, in, outputs] = shape;
+        CAPTURE(text(shape));
         CAPTURE(gap);
         CAPTURE(biased);
         // Whole 16 bytes where the gap allows it.
@@ -125,9 +126,10 @@ TEST_CASE_TEMPLATE("linear on Cuda rounds as its sums do, and alike each time", 
                    Types<float, float8_e4m3, float, float, false>) {
   using T = typename S::T;
   const Runner runner;
-  for (const auto& [batch, rows, in, outputs] :
+  for (const std::array<Index, 4>& shape :
        {std::array<Index, 4>{2, 17, 64, 24}, {1, 5, 1000, 16}, {1, 3, 3000, 8}}) {
-    CAPTURE(in);
+    const auto [batch, rows, in, outputs] = shape;
+    CAPTURE(text(shape));
     Buffer<typename S::X, 3> x({batch, rows, in});
     Buffer<T, 3> out({batch, rows, outputs}), again({batch, rows, outputs});
     Buffer<typename S::W, 2> weight({outputs, in});
