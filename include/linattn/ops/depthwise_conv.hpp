@@ -1,4 +1,5 @@
-// Depthwise 3x3 convolution over the token grid: the contract. The host's form is in depthwise_conv_cpu.hpp.
+// Depthwise 3x3 convolution over the token grid: the contract. The forms are in depthwise_conv_cpu.hpp and
+// depthwise_conv_cuda.cuh.
 //
 //   y[t, c] = (residual ? x[t, c] : 0) + bias[c] + sum_{i, j < 3} weight[c, 0, i, j] x[t', c]
 //

@@ -1,4 +1,5 @@
-// Instance normalisation over the tokens: the contract. The host's form is in instance_norm_cpu.hpp.
+// Instance normalisation over the tokens: the contract. The forms are in instance_norm_cpu.hpp and
+// instance_norm_cuda.cuh.
 //
 //   mean[c] = mean_n x[n, c]     var[c] = mean_n (x[n, c] - mean[c])^2        (biased)
 //   y[n, c] = (x[n, c] - mean[c]) / sqrt(var[c] + eps)                        divide_by_std = true

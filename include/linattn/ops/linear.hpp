@@ -1,4 +1,4 @@
-// The linear layer: the contract. The host's form is in linear_cpu.hpp.
+// The linear layer: the contract. The forms are in linear_cpu.hpp and linear_cuda.cuh.
 //
 //   out[.., r, o] = bias[o] + sum_i x[.., r, i] weight[o, i]
 //
@@ -6,8 +6,9 @@
 // (rows, out) or (batch, rows, out). Rows may be any stride apart; the last axes are dense. `out` must not
 // overlap an input.
 // x may be stored in another type than out; T is that of out.
-// Numerics: sums in Compute<T>, 16-bit x and 16-bit or 8-bit weights widened exactly, one rounding to T at the end. The order of a
-// sum depends on the shapes alone: results are bitwise equal for any layout and any number of workers.
+// Numerics: sums in Compute<T>, 16-bit x and 16-bit or 8-bit weights widened exactly, one rounding to T at the end. On
+// the host the order of a sum depends on the shapes alone: results are bitwise equal for any layout and any number of
+// workers.
 // |error| <= (in + 1) eps (|bias| + sum |x weight|) and, with lanes and blocks, in practice nearer
 // sqrt(in) eps; eps that of Compute<T>.
 // Errors: empty (an axis of x or weight), shape (weight, bias, out), stride (a last axis that is not dense),

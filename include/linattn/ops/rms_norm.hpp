@@ -1,11 +1,12 @@
-// Root-mean-square normalisation over the channels of each head: the contract. The host's form is in
-// rms_norm_cpu.hpp.
+// Root-mean-square normalisation over the channels of each head: the contract. The forms are in
+// rms_norm_cpu.hpp and rms_norm_cuda.cuh.
 //
 //   y[c] = weight[c] x[c] / sqrt(mean_c x[c]^2 + eps)        for each (batch, token, head)
 //
 // Shapes: x, out (b, n, h, c); weight [c]. `out` may be x.
 // Numerics: sum of squares in Compute<T>, in a fixed order (one partial sum a SIMD lane), |error| about
-// (2 + c / 16) eps |y|, and one rounding to T; each row alone: no layout or thread count changes it. Squares
+// (2 + c / 16) eps |y|, and one rounding to T; each row alone: no layout or thread count changes it. On Cuda
+// (4 + c / 64) eps |y|, and rows that do not start at 16 bytes may be summed in another order. Squares
 // must be finite in Compute<T>: |x| < 1.8e19 in float. Errors: empty (an axis), shape (out, weight), stride
 // (channel strides and that of weight must be 1), option (eps negative or NaN), null_data. No workspace.
 // Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", 2019; the query-key norm (ln_q,
