@@ -94,13 +94,12 @@ class Work:
 
 
 def softmax_attention(n: int) -> list[Work]:
-    """`queries` rows a block, of which a warp has `rows`: every warp reads all of K and V from shared memory, every block
-    from L2. A score costs its part of the running maximum, a subtraction folded into the scale, an addition to the sum and
-    half a conversion."""
-    queries, rows = 64, 16
+    """A block has 128 queries, a warp 32 of them: it reads all of K and V from shared memory, the block from L2. 5 instructions a
+    score: maximum, scale and shift, sum, half a conversion, and its share of rescaling the output."""
+    queries, rows = 128, 32
     scores, key_values = SETS * n * n, 2 * SETS * n * D * STORED
     return [Work("flash", memory=2 * key_values, l2=key_values * n / queries, flop=4 * scores * D, special=scores,
-                 shared=key_values * (n / rows + n / queries), scalar=4 * scores)]
+                 shared=key_values * (n / rows + n / queries), scalar=5 * scores, blocks=math.ceil(n / queries) * SETS)]
 
 
 def statistics(n: int) -> list[Work]:

@@ -6,6 +6,9 @@
 #include <linattn/core/dtype.hpp>
 #include <linattn/core/status.hpp>
 #include <linattn/core/tensor.hpp>
+#include <linattn/layers/joint_attention.hpp>
+#include <linattn/layers/softmax_attention.hpp>
+#include <linattn/layers/ttt_attention.hpp>
 #include <linattn/ops/depthwise_conv_cuda.cuh>
 #include <linattn/ops/instance_norm_cuda.cuh>
 #include <linattn/ops/linear_cuda.cuh>
