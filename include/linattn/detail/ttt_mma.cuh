@@ -19,6 +19,7 @@
 #include <linattn/detail/token_stats.cuh>
 #include <linattn/detail/ttt_mma_apply.cuh>
 #include <linattn/detail/ttt_mma_load.cuh>
+#include <linattn/detail/ttt_mma_tiles.cuh>
 #include <linattn/detail/ttt_mma_update.cuh>
 #include <linattn/ops/ttt.hpp>
 #include <linattn/version.hpp>
@@ -70,7 +71,8 @@ template <class T, class W>
   // Wider grids are read row by row from the L2 cache.
   constexpr int widest = 128;
   if (grid.width <= widest) {
-    tokens.halo = tokens.grid_width + 1;
+    constexpr int run = 16;  // of the loader's threads: begins where no run of an aligned grid is cut
+    tokens.halo = (tokens.grid_width / run + 1) * run;
     tokens.ring = ttt_mma_tile + 2 * tokens.halo;
   }
   return tokens;

@@ -11,6 +11,7 @@
 #include <linattn/detail/cuda.cuh>
 #include <linattn/detail/ptx.cuh>
 #include <linattn/detail/ttt_mma_load.cuh>
+#include <linattn/detail/ttt_mma_tiles.cuh>
 #include <linattn/ops/ttt_inner.hpp>
 #include <linattn/version.hpp>
 
@@ -61,7 +62,8 @@ template <class Model, class T, int Width>
 
 // A block: the tokens of one split, one head.
 template <class Model, class T, class W, int Width>
-static __global__ void __launch_bounds__(128, 3) ttt_mma_apply_kernel(TttApplyParameters<T, W> p) {
+static __global__ void __launch_bounds__(128, Model::chained == 0 ? 2 : 3)
+    ttt_mma_apply_kernel(TttApplyParameters<T, W> p) {
   constexpr int threads = 128, row_chunks = Width / 8, steps = Width / 16;
   auto& shared = dynamic_shared<TttApplyShared<Model, Width>>();
   const Index split = blockIdx.x / p.groups, group = blockIdx.x % p.groups;

@@ -23,6 +23,7 @@
 #include <linattn/detail/cuda.cuh>
 #include <linattn/detail/ptx.cuh>
 #include <linattn/detail/ttt_mma_load.cuh>
+#include <linattn/detail/ttt_mma_tiles.cuh>
 #include <linattn/ops/ttt_inner.hpp>
 #include <linattn/version.hpp>
 
@@ -68,7 +69,7 @@ struct TttMmaLearner {
   using Shared = TttUpdateShared<Model, Loss, Width>;
 
   MmaOperand projecting[projections][steps];                   // W_p^T, rows: features
-  MmaOperand returning[steps];                                 // W_chained, rows: features
+  MmaOperand returning[steps];                                 // W_chained, rows: features; if not shared
   float projection_gradients[projections][2 * steps][4] = {};  // G_p^T
   float chained_gradient[2 * steps][4] = {};
 
@@ -80,7 +81,7 @@ struct TttMmaLearner {
 #pragma unroll
       for (int p = 0; p < projections; ++p)
         if (p == index) load_a_transposed(projecting[p][i], tile, 16 * i, mine);
-      if (index == projections) load_a(returning[i], tile, 8 * mine, 2 * i);
+      if (index == projections && !predicts) load_a(returning[i], tile, 8 * mine, 2 * i);
     }
   }
 
@@ -206,13 +207,11 @@ struct TttMmaLearner {
     constexpr int blocks = exchanged / 16;
     const int mine = 16 * mma_warp();
     MmaSums z[blocks][projections];
-    MmaOperand activation[blocks];
 #pragma unroll
     for (int s = 0; s < blocks; ++s) {
       const int row = first + 16 * s;
       project(shared.keys, row, z[s]);
-      activation[s] = to_operand<T>(differentiate(z[s]));
-      store_operand(shared.activations, mine, row / 2, activation[s]);
+      store_operand(shared.activations, mine, row / 2, to_operand<T>(differentiate(z[s])));
     }
     __syncthreads();
     MmaSums prediction[blocks];
@@ -233,22 +232,29 @@ struct TttMmaLearner {
       store_operand(shared.errors, mine, row / 2, to_operand<T>(errors(values, row, count, prediction[s])));
     }
     __syncthreads();
+    MmaSums returned[blocks];
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      MmaOperand w;
+      load_a(w, shared.chained, mine, 2 * i);
+#pragma unroll
+      for (int s = 0; s < blocks; ++s) {
+        MmaOperand e;
+        load_b_transposed(e, shared.errors, 16 * i, (first + 16 * s) / 8);
+        multiply_add<T>(returned[s], w, e);
+      }
+    }
 #pragma unroll
     for (int s = 0; s < blocks; ++s) {
       const int row = first + 16 * s;
-      MmaSums returned;
-#pragma unroll
-      for (int i = 0; i < steps; ++i) {
-        MmaOperand e;
-        load_b_transposed(e, shared.errors, 16 * i, row / 8);
-        multiply_add<T>(returned, returning[i], e);
-      }
-      add_projection_gradients(shared.keys, row, returned, z[s]);
+      add_projection_gradients(shared.keys, row, returned[s], z[s]);
+      MmaOperand activation;
+      load_a(activation, shared.activations, mine, row / 8);
 #pragma unroll
       for (int i = 0; i < steps; ++i) {
         MmaOperand e;
         load_b(e, shared.errors, 16 * i, row / 8);
-        multiply_add<T>(chained_gradient[2 * i], chained_gradient[2 * i + 1], activation[s], e);
+        multiply_add<T>(chained_gradient[2 * i], chained_gradient[2 * i + 1], activation, e);
       }
     }
   }
