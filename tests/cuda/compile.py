@@ -25,7 +25,7 @@ import sys
 import tempfile
 
 # What the units may instantiate, so that the check stays within its time.
-MOST_A_UNIT, MOST_IN_ALL = 8, 40
+MOST_A_UNIT, MOST_IN_ALL = 10, 40
 
 FLAGS = ["-std=c++20", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra",
          "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warn-on-double-precision-use,--warning-as-error"]

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Checks on every public header, one translation unit each, for every compiler given.
+"""Checks on every public header, one translation unit each, for every compiler given. A .cuh is compiled by them against
+the emulator's stand-ins for the toolkit's headers (tests/emu/include), and by nvcc where there is one.
 
 alone    compiles by itself, without exceptions and RTTI, warnings as errors
 twice    includes twice in one unit
-odr      two units that include all of the library link into one program
+odr      two units that include all of the library link into one program (nvcc: what is for a device, too)
 macros   defines no macro that does not begin with LINATTN_
+eigen    a .cuh does not include Eigen, which would triple what a device unit costs to compile
 budget   costs no more CPU time than its folder allows, in units of what <Eigen/Core> costs in the same run
 """
 
@@ -13,6 +15,7 @@ import concurrent.futures
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,10 +34,13 @@ def budget_key(header: pathlib.PurePath) -> str:
 
 
 class Checker:
-    def __init__(self, include: pathlib.Path, system: list[str]):
+    def __init__(self, include: pathlib.Path, emulator: pathlib.Path, system: list[str]):
         self.include = include
-        self.flags = [f"-I{include}"] + [f"-isystem{path}" for path in system]
-        self.headers = sorted(p.relative_to(include) for p in include.rglob("*.hpp"))
+        # The emulator's folder first: its ptx.cuh stands in for the library's.
+        self.flags = [f"-I{emulator}", f"-I{include}"] + [f"-isystem{path}" for path in system]
+        self.hosts = sorted(p.relative_to(include) for p in include.rglob("*.hpp"))
+        self.devices = sorted(p.relative_to(include) for p in include.rglob("*.cuh"))
+        self.headers = self.hosts + self.devices
         self.failures: list[str] = []
 
     def compile(self, compiler: str, source: str, *extra: str) -> subprocess.CompletedProcess:
@@ -50,24 +56,25 @@ class Checker:
         def one(header):
             line = f"#include <{header}>\n"
             # nlohmann/json compiles without exceptions, so weights/ is held to the same flags as all else.
-            return header, self.compile(compiler, line + line + "int main() {}\n", "-fsyntax-only", *BARE)
+            nvcc_only = ["-Wno-unknown-pragmas", "-Wno-unneeded-internal-declaration"] if header in self.devices else []
+            return header, self.compile(compiler, line + line + "int main() {}\n", "-fsyntax-only", *BARE, *nvcc_only)
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for header, result in pool.map(one, self.headers):
                 self.report(f"{compiler}: {header} alone, twice", result.returncode == 0, result.stderr[-4000:])
 
     def odr(self, compiler: str) -> None:
-        lines = "".join(f"#include <{header}>\n" for header in self.headers)
+        lines = "".join(f"#include <{header}>\n" for header in self.hosts)
         with tempfile.TemporaryDirectory() as folder:
             objects = []
             for index, body in enumerate(["int other();\nint main() { return other(); }\n", "int other() { return 0; }\n"]):
                 out = os.path.join(folder, f"{index}.o")
                 result = self.compile(compiler, lines + body, "-c", "-o", out)
                 if result.returncode != 0:
-                    return self.report(f"{compiler}: all headers in two units", False, result.stderr[-4000:])
+                    return self.report(f"{compiler}: all .hpp in two units", False, result.stderr[-4000:])
                 objects.append(out)
             link = subprocess.run([compiler, *objects, "-o", os.path.join(folder, "program")], capture_output=True, text=True)
-            self.report(f"{compiler}: all headers in two units link", link.returncode == 0, link.stderr[-4000:])
+            self.report(f"{compiler}: all .hpp in two units link", link.returncode == 0, link.stderr[-4000:])
 
     def macros(self, compiler: str) -> None:
         """Macros left defined by files under include/, seen through the line markers of -dD."""
@@ -81,6 +88,8 @@ class Checker:
                     left.add(define[1])
                 elif undef := re.match(r"#undef (\w+)", line):
                     left.discard(undef[1])
+            if header in self.devices:
+                self.report(f"{compiler}: {header} includes no Eigen", not re.search(r'^# \d+ "[^"]*/Eigen/', text, re.M))
             leaked = sorted(name for name in left if not name.startswith("LINATTN_"))
             self.report(f"{compiler}: {header} leaks no macro", not leaked, f"defines {', '.join(leaked)}")
 
@@ -106,17 +115,44 @@ class Checker:
             return header, cost, allowed
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for header, cost, allowed in pool.map(one, self.headers):
+            for header, cost, allowed in pool.map(one, self.hosts):
                 self.report(f"{compiler}: {header} costs {cost:.2f} of {allowed:.1f} <Eigen/Core>", cost <= allowed)
+
+    def nvcc(self, program: str, system: list[str]) -> None:
+        """Each .cuh alone and twice, then all of them beside the host's headers in two units of one program."""
+        flags = ["-std=c++20", "-arch=sm_80", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-DEIGEN_NO_CUDA",
+                 f"-I{self.include}", *(f"-isystem={path}" for path in system)]
+
+        def compile(name: str, lines: str):
+            source = pathlib.Path(folder, f"{name}.cu")
+            source.write_text(lines)
+            result = subprocess.run([program, *flags, "-c", source, "-o", source.with_suffix(".o")], text=True, capture_output=True)
+            return source.with_suffix(".o"), result.returncode, (result.stdout + result.stderr)[-4000:]
+
+        def one(job):
+            index, header = job
+            return header, *compile(str(index), f"#include <{header}>\n" * 2)[1:]
+
+        with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for header, code, log in pool.map(one, enumerate(self.devices)):
+                self.report(f"nvcc: {header} alone, twice", code == 0, log)
+            lines = "".join(f"#include <{header}>\n" for header in ["linattn/cpu.hpp", *self.devices])
+            bodies = ["int other();\nint main() { return other(); }\n", "int other() { return 0; }\n"]
+            units = list(pool.map(lambda job: compile(f"unit{job[0]}", lines + job[1]), enumerate(bodies)))
+            link = [subprocess.run([program, *(unit[0] for unit in units), "-o", pathlib.Path(folder, "program")],
+                                   text=True, capture_output=True)] if all(unit[1] == 0 for unit in units) else []
+            self.report("nvcc: all .cuh and cpu.hpp in two units link", bool(link) and link[0].returncode == 0,
+                        link[0].stderr if link else "".join(unit[2] for unit in units))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("include", type=pathlib.Path)
     parser.add_argument("--compiler", action="append", required=True)
+    parser.add_argument("--emulator", type=pathlib.Path, required=True, help="the stand-ins for the CUDA toolkit's headers")
     parser.add_argument("--system", action="append", default=["/usr/include/eigen3"])
     arguments = parser.parse_args()
-    checker = Checker(arguments.include.resolve(), arguments.system)
+    checker = Checker(arguments.include.resolve(), arguments.emulator.resolve(), arguments.system)
     if not checker.headers:
         sys.exit(f"no headers below {arguments.include}")
     for compiler in arguments.compiler:
@@ -124,6 +160,10 @@ def main() -> int:
         checker.odr(compiler)
     checker.macros(arguments.compiler[0])
     checker.budget(arguments.compiler[0])
+    if program := shutil.which("nvcc"):
+        checker.nvcc(program, arguments.system)
+    else:
+        print("skip nvcc: it is not installed")
     print(f"{len(checker.headers)} headers, {len(checker.failures)} failures")
     return 1 if checker.failures else 0
 
