@@ -41,14 +41,21 @@ template <class T, class U>
          has_aligned_rows(b);
 }
 
+// How far the tokens that a token's conv reads lie apart from it, where they are kept in the ring: those of wider
+// grids, whose rows would fill shared memory, are read through the L2 cache.
+template <class W>
+[[nodiscard]] Index ttt_mma_reach(const TensorView<const W, 4>& conv, const TokenGrid& grid) {
+  constexpr Index widest = 128;
+  return conv.extent(0) == 0 || grid.width > widest ? 0 : grid.width + 1;
+}
+
 // Tokens of a block, from the shapes alone. Some 256 blocks, of which most GPUs hold all at once; but not less than
-// 512 tokens each, that its weights and gradients weigh little, nor than 12 times its halo on either side, that
-// this does: it is at most a sixth of the reads of k or q, 4 % of the bytes of ttt.
+// 512 tokens each, that its weights and gradients weigh little, nor than 12 times its reach, that its halo on either
+// side does: it is at most a sixth of the reads of k or q, 5 % of the bytes of ttt.
 template <class W>
 [[nodiscard]] Index ttt_mma_split_tokens(Index groups, Index tokens, const TensorView<const W, 4>& conv,
                                          const TokenGrid& grid) {
-  const Index halo = conv.extent(0) == 0 ? 0 : grid.width + 1;
-  const Index most = std::min(256 / groups, tokens / std::max<Index>(512, 12 * halo));
+  const Index most = std::min(256 / groups, tokens / std::max<Index>(512, 12 * ttt_mma_reach(conv, grid)));
   return ceil_div(ceil_div(tokens, std::max<Index>(most, 1)), ttt_mma_tile) * ttt_mma_tile;
 }
 
@@ -68,11 +75,9 @@ template <class T, class W>
   tokens.grid_begin = static_cast<int>(grid.offset);
   tokens.grid_end = static_cast<int>(grid.offset + grid.tokens());
   tokens.grid_width = static_cast<int>(grid.width);
-  // Wider grids are read row by row from the L2 cache.
-  constexpr int widest = 128;
-  if (grid.width <= widest) {
-    constexpr int run = 16;  // of the loader's threads: begins where no run of an aligned grid is cut
-    tokens.halo = (tokens.grid_width / run + 1) * run;
+  if (const Index reach = ttt_mma_reach(conv, grid); reach > 0) {
+    constexpr Index run = 16;  // of the loader's threads: begins where no run of an aligned grid is cut
+    tokens.halo = static_cast<int>(ceil_div(reach, run) * run);
     tokens.ring = ttt_mma_tile + 2 * tokens.halo;
   }
   return tokens;
