@@ -189,7 +189,8 @@ bool together(int first, int end) {
   const Thread& thread = engine().threads[static_cast<std::size_t>(first)];
   for (int i = first + 1; i < end; ++i) {
     const Thread& other = engine().threads[static_cast<std::size_t>(i)];
-    if (other.wait != thread.wait || other.act != thread.act) return false;
+    if (other.wait != thread.wait || (thread.wait == Wait::collective && other.act != thread.act))
+      return false;
     if (thread.wait != Wait::done && other.place != thread.place &&
         source_line(other.place) != source_line(thread.place))
       return false;
