@@ -1,0 +1,108 @@
+// What ttt on tensor cores asks of memory, as the emulator counts it: a head of SD3.5 Medium at 1024 x 1024 pixels, a
+// grid of 64 x 64 tokens and 333 of text. On a device the counts are not to be had, and the results alone are checked.
+#include <linattn/ops/ttt_cuda.cuh>
+
+#include <array>
+#include <cmath>
+
+#include "../device.hpp"
+#include "../support.hpp"
+#if !defined(__CUDACC__)
+#include "../emu/emu.hpp"
+#endif
+
+namespace {
+
+using namespace linattn;
+using namespace support;
+using T = bfloat16;
+
+constexpr Index tokens = 4429, d = 64, side = 64, matrices = 3;
+
+// The op on inputs of its own, twice if asked.
+class Head {
+ public:
+  explicit Head(bool conv) : conv_(conv) {
+    fill_normal(q_.view(), 1);
+    fill_normal(k_.view(), 2, 1.0, 0.5);
+    fill_normal(v_.view(), 3);
+    fill_normal(taps_.view(), 4, 0.3);
+    fill_normal(bias_.view(), 5, 0.3);
+    for (std::size_t i = 0; i < w_.size(); ++i) fill_normal(w_[i].view(), 6 + i, 0.125);
+  }
+
+  // Runs ttt; around(run) may count.
+  template <class Around>
+  [[nodiscard]] Buffer<T, 4> run(const Around& around) const {
+    const OnDevice<T, 4> q(q_), k(k_), v(v_), taps(taps_);
+    const OnDevice<T, 1> bias(bias_);
+    const OnDevice<T, 3> w1(w_[0]), w2(w_[1]), w3(w_[2]);
+    const TttWeights<T> weights{w1.view(), w2.view(), w3.view()};
+    TttOptions<T> options;
+    options.prologue.key_norm = true;
+    if (conv_) {
+      options.prologue.q_conv = options.prologue.k_conv = taps.view();
+      options.prologue.q_conv_bias = options.prologue.k_conv_bias = bias.view();
+      options.prologue.grid = {0, side, side};
+    }
+    Buffer<T, 4> out(shape);
+    OnDevice<T, 4> device_out(out);
+    const DeviceScratch scratch(ttt_workspace(Cuda{}, q, k, v, weights, device_out.view(), options));
+    const Cuda ctx{scratch.workspace()};
+    around([&] { check_ok(ttt(ctx, q, k, v, weights, device_out.view(), options)); });
+    device_out.download(out);
+    return out;
+  }
+
+ private:
+  static constexpr std::array<Index, 4> shape = {1, tokens, 1, d};
+  bool conv_;
+  Buffer<T, 4> q_{shape}, k_{shape}, v_{shape}, taps_{{d, 1, 3, 3}};
+  Buffer<T, 1> bias_{{d}};
+  std::array<Buffer<T, 3>, matrices> w_ = {Buffer<T, 3>({1, d, d}), Buffer<T, 3>({1, d, d}),
+                                           Buffer<T, 3>({1, d, d})};
+};
+
+}  // namespace
+
+TEST_CASE("ttt reads and writes little more than it must, in whole sectors and without bank conflicts") {
+  for (const bool conv : {false, true}) {
+    CAPTURE(conv);
+    const Head head(conv);
+#if !defined(__CUDACC__)
+    if (!emu::checked()) continue;
+    const emu::Count count;
+    const auto out = head.run([](const auto& launch) { launch(); });
+    const auto loaded = static_cast<double>(count.global_bytes_loaded());
+    const auto stored = static_cast<double>(count.global_bytes_stored());
+
+    // What the shapes ask for: q, k, v and k once more, out; of each split the weights read, the gradients written
+    // and read and the fast weights read; the step's weights; the statistics of each chunk written and read.
+    const double splits = conv ? 5 : 8, matrix = matrices * d * d;
+    const double least = 5.0 * tokens * d * 2 + splits * matrix * (2 + 2 * 4 + 4) + matrix * (2 + 4) +
+                         2.0 * static_cast<double>(detail::stats_chunks(tokens)) * 3 * d * 4;
+    MESSAGE("bytes over the least: ", (loaded + stored) / least);
+    CHECK(loaded + stored >= least);
+    CHECK(loaded + stored <=
+          (conv ? 1.05 : 1.005) * least);  // the halo of the splits, and the prologue's parameters
+    // Each line that moves more than a hundredth of the bytes moves whole sectors.
+    for (const emu::Line& line : count.lines())
+      if (line.kind == emu::Kind::global_load || line.kind == emu::Kind::global_store) {
+        CAPTURE(line.where);
+        if (static_cast<double>(line.bytes) > 0.01 * (loaded + stored)) CHECK(line.ratio() == 1.0);
+      }
+    for (const char* file :
+         {"ttt_mma_load.cuh", "ttt_mma_tiles.cuh", "ttt_mma_update.cuh", "ttt_mma_apply.cuh"})
+      for (const emu::Kind kind : {emu::Kind::shared_load, emu::Kind::shared_store}) {
+        CAPTURE(file);
+        CHECK(count.worst(kind, file) == 1.0);
+      }
+    // A tile of 64 tokens: six products of 64 x 64 x 64 to learn, three to answer, each 128 mma.
+    const double tiles = std::ceil(tokens / 64.0);
+    CHECK(static_cast<double>(count.mma()) == tiles * (6 + 3) * 128);
+#else
+    const auto plainly = [](const auto& launch) { launch(); };
+    CHECK(same_bits(head.run(plainly), head.run(plainly)));
+#endif
+  }
+}
