@@ -13,5 +13,6 @@
 #include <linattn/ops/instance_norm_cuda.cuh>
 #include <linattn/ops/linear_cuda.cuh>
 #include <linattn/ops/rms_norm_cuda.cuh>
+#include <linattn/ops/softmax_attention_cuda.cuh>
 #include <linattn/ops/ttt_cuda.cuh>
 #include <linattn/version.hpp>
