@@ -5,6 +5,9 @@
 #include "../device.hpp"
 #include "../reference/depthwise_conv.hpp"
 #include "../support.hpp"
+#if __has_include("emu.hpp")
+#include "emu.hpp"
+#endif
 
 using namespace linattn;
 using namespace support;
@@ -162,3 +165,23 @@ TEST_CASE("depthwise_conv on Cuda refuses what it cannot do") {
   CHECK(code(good, weight, bias, to, {-1, 2, 3}) == Code::option);
   CHECK(code(good, weight, bias, to, grid) == Code::ok);
 }
+
+#if __has_include("emu.hpp")
+TEST_CASE_TEMPLATE("depthwise_conv on Cuda: whole sectors", T, float, bfloat16) {
+  if (!emu::checked()) return;
+  for (const Layout layout : {Layout::dense, Layout::permuted, Layout::packed}) {
+    const std::array<Index, 4> shape = {1, 330, 2, 64};
+    auto x = make<T>(layout, shape), out = make<T>(layout, shape);
+    Buffer<T, 4> weight({128, 1, 3, 3});
+    Buffer<T, 1> bias({128});
+    fill_normal(x.view(), 1);
+    fill_normal(weight.view(), 2);
+    fill_normal(bias.view(), 3);
+    const emu::Count count;
+    run(x, weight, bias, out, {{10, 16, 20}});
+    CHECK(count.worst(emu::Kind::global_load, "channel_tiles.cuh") == 1.0);
+    CHECK(count.worst(emu::Kind::global_store, "channel_tiles.cuh") == 1.0);
+    CHECK(count.global_bytes_stored() == sizeof(T) * 330 * 128);
+  }
+}
+#endif

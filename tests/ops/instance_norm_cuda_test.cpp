@@ -3,6 +3,9 @@
 #include "../device.hpp"
 #include "../reference/instance_norm.hpp"
 #include "../support.hpp"
+#if __has_include("emu.hpp")
+#include "emu.hpp"
+#endif
 
 using namespace linattn;
 using namespace support;
@@ -124,3 +127,22 @@ TEST_CASE("instance_norm on Cuda refuses what it cannot do") {
   CHECK(instance_norm(Cuda{shorter}, good, good).code == Code::workspace);
   CHECK(code(good, good) == Code::ok);
 }
+
+#if __has_include("emu.hpp")
+TEST_CASE_TEMPLATE("instance_norm on Cuda: whole sectors, each token twice", T, float, bfloat16) {
+  if (!emu::checked()) return;
+  for (const Layout layout : {Layout::dense, Layout::permuted, Layout::packed}) {
+    const std::array<Index, 4> shape = {1, 300, 2, 64};
+    auto x = make<T>(layout, shape), out = make<T>(layout, shape);
+    fill_normal(x.view(), 1);
+    const emu::Count count;
+    run(x, out);
+    CHECK(count.worst(emu::Kind::global_load, "channel_tiles.cuh") == 1.0);
+    CHECK(count.worst(emu::Kind::global_store, "channel_tiles.cuh") == 1.0);
+    // Beside the tokens 3 numbers a channel and chunk, and 3 a channel for each 16 threads that walk down its tokens.
+    const std::uint64_t tokens = sizeof(T) * 300 * 128, partial = 4 * 3 * 128 * 3, stats = 4 * 3 * 128;
+    CHECK(count.global_bytes_loaded() == 2 * tokens + partial + 2 * 16 * stats);
+    CHECK(count.global_bytes_stored() == tokens + partial + stats);
+  }
+}
+#endif

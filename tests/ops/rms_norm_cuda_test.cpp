@@ -3,6 +3,9 @@
 #include "../device.hpp"
 #include "../reference/rms_norm.hpp"
 #include "../support.hpp"
+#if __has_include("emu.hpp")
+#include "emu.hpp"
+#endif
 
 using namespace linattn;
 using namespace support;
@@ -101,3 +104,24 @@ TEST_CASE("rms_norm on Cuda refuses what it cannot do") {
   CHECK(code(good, weight, good, {.eps = -1.0}) == Code::option);
   CHECK(code(good, weight, good) == Code::ok);
 }
+
+#if __has_include("emu.hpp")
+TEST_CASE_TEMPLATE("rms_norm on Cuda: whole sectors, each row once", T, float, bfloat16) {
+  if (!emu::checked()) return;
+  for (const Layout layout : {Layout::dense, Layout::permuted, Layout::packed}) {
+    const std::array<Index, 4> shape = {1, 96, 2, 64};
+    auto x = make<T>(layout, shape), out = make<T>(layout, shape);
+    Buffer<T, 1> weight({64});
+    fill_normal(x.view(), 1);
+    fill_normal(weight.view(), 2);
+    const emu::Count count;
+    run(x, weight, out);
+    CHECK(count.worst(emu::Kind::global_load, "channel_tiles.cuh") == 1.0);
+    CHECK(count.worst(emu::Kind::global_store, "channel_tiles.cuh") == 1.0);
+    // The weight comes from the cache, once for four rows.
+    const std::uint64_t rows = sizeof(T) * 96 * 128;
+    CHECK(count.global_bytes_loaded() == rows + rows / 4);
+    CHECK(count.global_bytes_stored() == rows);
+  }
+}
+#endif

@@ -51,11 +51,17 @@ template <int Width>
   for (int c = 0; c < Width; ++c) sum = fmaf(x[c], x[c], sum);
   return sum;
 }
-template <int Width, class T, class W>
-__device__ __forceinline__ void store_scaled(T* to, const float (&x)[Width], float scale, const W* weight) {
+template <int Width, class W>
+__device__ __forceinline__ void load_weight(const W* from, float (&to)[Width]) {
+#pragma unroll
+  for (int c = 0; c < Width; ++c) to[c] = to_float(from[c]);
+}
+template <int Width, class T>
+__device__ __forceinline__ void store_scaled(T* to, const float (&x)[Width], float scale,
+                                             const float (&weight)[Width]) {
   float y[Width];
 #pragma unroll
-  for (int c = 0; c < Width; ++c) y[c] = x[c] * scale * to_float(weight[c]);
+  for (int c = 0; c < Width; ++c) y[c] = x[c] * scale * weight[c];
   store_channels<Width>(to, y);
 }
 
@@ -68,7 +74,8 @@ static __global__ void __launch_bounds__(rms_norm_threads, 8) rms_norm_kernel(Rm
   const int first = thread % p.lanes * Width, step = p.lanes * Width;
 
   // The lane's first channels stay in registers, which for most heads are all.
-  float x[rms_norm_turns][Width] = {};
+  float x[rms_norm_turns][Width] = {}, weight[Width] = {};
+  if (first < p.head_dim) load_weight(p.weight + first, weight);
 #pragma unroll
   for (int i = 0; i < rms_norm_turns; ++i) {
     const int row = begin + i * groups;
@@ -86,11 +93,12 @@ static __global__ void __launch_bounds__(rms_norm_threads, 8) rms_norm_kernel(Rm
     for (int apart = p.lanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
     if (row >= p.rows || first >= p.head_dim) continue;
     const float scale = 1.0f / sqrtf(sum / static_cast<float>(p.head_dim) + p.eps);
-    store_scaled(p.output(b, row) + first, x[i], scale, p.weight + first);
+    store_scaled(p.output(b, row) + first, x[i], scale, weight);
     for (int channel = first + step; channel < p.head_dim; channel += step) {
-      float more[Width];
+      float more[Width], more_weight[Width];
       load_channels<Width>(p.input(b, row) + channel, more);
-      store_scaled(p.output(b, row) + channel, more, scale, p.weight + channel);
+      load_weight(p.weight + channel, more_weight);
+      store_scaled(p.output(b, row) + channel, more, scale, more_weight);
     }
   }
 }
