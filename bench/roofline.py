@@ -98,12 +98,12 @@ def softmax_attention(n: int) -> list[Work]:
     score: maximum, scale and shift, sum, half a conversion, and its share of rescaling the output."""
     queries, rows = 128, 32
     scores, key_values = SETS * n * n, 2 * SETS * n * D * STORED
-    return [Work("flash", memory=2 * key_values, l2=key_values * n / queries, flop=4 * scores * D, special=scores,
+    return [Work("flash_mma", memory=2 * key_values, l2=key_values * n / queries, flop=4 * scores * D, special=scores,
                  shared=key_values * (n / rows + n / queries), scalar=5 * scores, blocks=math.ceil(n / queries) * SETS)]
 
 
 def statistics(n: int) -> list[Work]:
-    return [Work("token_stats", memory=SETS * n * D * STORED, scalar=6 * SETS * n * D)]
+    return [Work("chunk_stats", memory=SETS * n * D * STORED, scalar=6 * SETS * n * D)]
 
 
 def ttt_split(n: int, conv: bool) -> tuple[int, int]:
@@ -116,14 +116,14 @@ def ttt_split(n: int, conv: bool) -> tuple[int, int]:
 def update(n: int, conv: bool = False) -> list[Work]:
     """SwiGlu and the inner product: 12 d^2 a token. In shared memory a token's key and value are written and the key prepared
     (read, or its three rows of the grid; written); each of four warps reads both twice, as operands of the products over
-    channels and of those over tokens. 8 instructions prepare an element, 33 with the convolution; 20 activate,
+    channels and of those over tokens. 5 instructions prepare an element, 23 with the convolution; 20 activate,
     differentiate and pack one of the hidden layer."""
     tokens, (blocks, around) = SETS * n, ttt_split(n, conv)
     gradients = 3 * D * D * FLOAT
     return [
         Work("ttt_mma_update" + (", conv" if conv else ""), memory=(2 * tokens + around) * D * STORED + blocks * gradients,
              flop=12 * tokens * D * D, special=2 * tokens * D, shared=tokens * D * STORED * (22 if conv else 20),
-             scalar=tokens * D * (53 if conv else 28), blocks=blocks),
+             scalar=tokens * D * (43 if conv else 25), blocks=blocks),
         Work("ttt_step", memory=(blocks + 2 * SETS) * gradients, scalar=2 * blocks * gradients / FLOAT),
     ]
 
@@ -135,7 +135,7 @@ def apply(n: int, conv: bool = False) -> list[Work]:
     return [Work("ttt_mma_apply" + (", conv" if conv else ""), memory=(2 * tokens + around) * D * STORED + SETS * 3 * D * D * FLOAT,
                  flop=6 * tokens * D * D, special=2 * tokens * D,
                  shared=tokens * (D * STORED * (8 if conv else 6) + 3 * D * D * STORED / 16),
-                 scalar=tokens * D * (42 if conv else 17), blocks=blocks)]
+                 scalar=tokens * D * (32 if conv else 14), blocks=blocks)]
 
 
 def streaming(name: str, n: int, tensors: int, scalar: int) -> Work:
