@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Breaks the real kernels, one text at a time, and requires that their emulated tests notice: ./dev test mutations.
+
+Each mutation replaces a text that must occur exactly once in a header, so that none outlives the code that it is about.
+A test is built against a copy of include/ with that header changed, with the emulator's checks, and run in two schedules.
+Prints the table of docs/emulation.md: what was broken, and what noticed it first.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FLAGS = ["-std=c++20", "-O0", "-g1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", '-DLINATTN_TEST_DATA=""',
+         f"-I{ROOT}/tests/emu", f"-I{ROOT}/tests"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    what: str
+    test: str  # tests/<test>_test.cpp
+    cases: str  # which of its test cases
+    header: str  # include/linattn/<header>
+    old: str
+    new: str
+
+
+def flash(what: str, old: str, new: str, header: str = "detail/flash_mma.cuh") -> Mutation:
+    return Mutation(what, "ops/softmax_attention_cuda", "*", header, old, new)
+
+
+def ttt(what: str, header: str, old: str, new: str) -> Mutation:
+    return Mutation(what, "ops/ttt_mma_cuda", "tails*", header, old, new)
+
+
+UPDATE, APPLY, TILES = "detail/ttt_mma_update.cuh", "detail/ttt_mma_apply.cuh", "detail/ttt_mma_tiles.cuh"
+NEXT_STAGE = "    cp_async_wait<0>();\n    __syncthreads();\n    if (step + 1 < steps) load_stage(step + 1);\n"
+MUTATIONS = [
+    flash("softmax: no barrier before the queries are read", "  cp_async_wait<1>();\n  __syncthreads();\n", "  cp_async_wait<1>();\n"),
+    flash("softmax: no wait for a stage", NEXT_STAGE, NEXT_STAGE.replace("    cp_async_wait<0>();\n", "")),
+    flash("softmax: no barrier before a stage is read", NEXT_STAGE, NEXT_STAGE.replace("    __syncthreads();\n", "")),
+    flash("softmax: the next stage is fetched before the barrier", NEXT_STAGE,
+          "    cp_async_wait<0>();\n    if (step + 1 < steps) load_stage(step + 1);\n    __syncthreads();\n"),
+    flash("softmax: results leave without __syncwarp", "  __syncwarp();\n  constexpr int row_chunks", "  constexpr int row_chunks"),
+    flash("softmax: tokens beyond the last are fetched", "valid ? at : from, valid)", "at)"),
+    flash("softmax: queries beyond the last are written", "if (query < p.queries && 8 * chunk", "if (8 * chunk"),
+    flash("softmax: the blocks of V in the order of K", "row + keys + lane / 8 % 2 * 8, lane / 16)", "row + keys + lane / 16 * 8, lane / 8 % 2)"),
+    flash("softmax: rows are not permuted", "(chunk ^ permutation)", "(chunk + 0 * permutation)", TILES),
+    ttt("ttt update: no barrier behind the normalised keys", UPDATE,
+        "    keys.prepare(shared.keys, token);\n    __syncthreads();\n", "    keys.prepare(shared.keys, token);\n"),
+    ttt("ttt update: no wait for keys and values", UPDATE, "    cp_async_wait<0>();\n    __syncthreads();\n    keys", "    __syncthreads();\n    keys"),
+    ttt("ttt update: one buffer of values for two", UPDATE, "shared.values[n % 2].chunk(row, chunk)", "shared.values[0].chunk(row, chunk)"),
+    ttt("ttt update: all heads write one partial sum", UPDATE, "p.partials + blockIdx.x *", "p.partials + split *"),
+    ttt("ttt apply: outputs replace queries without __syncwarp", APPLY,
+        "    __syncwarp();\n#pragma unroll\n    for (int j = 0; j < steps; ++j)\n", "#pragma unroll\n    for (int j = 0; j < steps; ++j)\n"),
+    ttt("ttt apply: outputs leave without __syncwarp", APPLY,
+        "    __syncwarp();\n#pragma unroll\n    for (int i = mma_lane()", "#pragma unroll\n    for (int i = mma_lane()"),
+    ttt("ttt apply: tokens beyond the last are written", APPLY, "if (token + t < end && 8 * chunk < d)", "if (8 * chunk < d)"),
+    Mutation("token statistics: no barrier before the warps are joined", "ops/instance_norm_cuda", "*follows its formula*",
+             "detail/token_stats.cuh", "  __syncthreads();\n", ""),
+    Mutation("token statistics: the rows of a warp are joined the wrong way", "ops/instance_norm_cuda", "*follows its formula*",
+             "detail/token_stats.cuh", "m[c].delta, tile_columns)", "m[c].delta, tile_columns / 2)"),
+]
+
+
+def run(command: list, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace", **options)
+
+
+def compile(compiler: str, source: pathlib.Path, to: pathlib.Path, include: pathlib.Path, *flags: str) -> None:
+    result = run([*compiler.split(), *FLAGS, f"-I{ROOT}/tests/emu/include", f"-I{include}", *flags, "-c", source, "-o", to])
+    if result.returncode != 0:
+        sys.exit(f"{source} does not compile:\n{result.stderr[-4000:]}")
+
+
+def noticed(log: str) -> str:
+    """The first that went wrong."""
+    if fault := re.search(r"^emu: ([^:\n]+):", log, re.M):
+        return fault[1]
+    if failure := re.search(r"ERROR: \w+\((.*)", log):
+        return "counters" if re.search(r"\b(count|line|counters|conflicts?|ratio|worst)\b", failure[1]) else "wrong result"
+    return "crash"
+
+
+class Builder:
+    def __init__(self, compiler: str, folder: pathlib.Path):
+        self.compiler, self.folder = compiler, folder
+        self.objects = []
+        for source in [*sorted((ROOT / "tests/emu").glob("*.cpp")), ROOT / "tests/main.cpp", ROOT / "tests/support.cpp"]:
+            if not source.stem.endswith("_test"):
+                self.objects.append(folder / f"{source.stem}.o")
+                compile(compiler, source, self.objects[-1], ROOT / "include", "-O2")
+
+    def build(self, name: str, test: str, include: pathlib.Path) -> pathlib.Path:
+        kernels, program = self.folder / f"{name}.o", self.folder / name
+        compile(self.compiler, ROOT / f"tests/{test}_test.cpp", kernels, include, "-fsanitize=thread")
+        result = run([*self.compiler.split(), kernels, *self.objects, "-lboost_context", "-pthread", "-o", program])
+        if result.returncode != 0:
+            sys.exit(f"{test} does not link:\n{result.stderr[-4000:]}")
+        return program
+
+    def outcome(self, program: pathlib.Path, cases: str) -> str:
+        """What noticed a fault, or nothing."""
+        for schedule in ["in-order", "skew"]:
+            try:
+                result = run([program, f"--test-case={cases}", "--abort-after=1", "--no-colors"],
+                             env={**os.environ, "EMU_SCHEDULE": schedule}, timeout=300)
+            except subprocess.TimeoutExpired:
+                return "no end"
+            if result.returncode != 0:
+                return noticed(result.stdout + result.stderr)
+        return ""
+
+    def mutant(self, index: int) -> str:
+        mutation = MUTATIONS[index]
+        include = self.folder / f"include{index}"
+        shutil.copytree(ROOT / "include", include)
+        header = include / "linattn" / mutation.header
+        header.write_text(header.read_text().replace(mutation.old, mutation.new))
+        return self.outcome(self.build(f"mutant{index}", mutation.test, include), mutation.cases)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compiler", default="g++")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="the mutations whose description contains this")
+    arguments = parser.parse_args()
+
+    for mutation in MUTATIONS:
+        count = (ROOT / "include/linattn" / mutation.header).read_text().count(mutation.old)
+        if count != 1:
+            sys.exit(f"{mutation.what}: {mutation.header} has its text {count} times")
+    chosen = [i for i, mutation in enumerate(MUTATIONS) if arguments.only in mutation.what]
+    cases = collections.OrderedDict(((MUTATIONS[i].test, MUTATIONS[i].cases), None) for i in chosen)
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        builder = Builder(arguments.compiler, pathlib.Path(folder))
+
+        def unchanged(job) -> str:
+            index, (test, filter) = job
+            return builder.outcome(builder.build(f"unchanged{index}", test, ROOT / "include"), filter)
+
+        for (test, filter), found in zip(cases, pool.map(unchanged, enumerate(cases))):
+            if found:
+                sys.exit(f"{test} fails without any mutation: {found}")
+        print("| mutation | noticed by |\n|---|---|", flush=True)
+        for index, found in zip(chosen, pool.map(builder.mutant, chosen)):
+            missed += not found
+            print(f"| {MUTATIONS[index].what} | {found or '**nothing**'} |", flush=True)
+    print(f"\n{len(chosen) - missed} of {len(chosen)} mutations noticed", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
