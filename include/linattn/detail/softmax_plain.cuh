@@ -88,7 +88,7 @@ static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2
       stage_rows<tokens, channels>(shared.q, p.q.at(b, first_query, h) + channel, p.q.token, queries, count);
       stage_rows<tokens, channels>(shared.k, p.k.at(b, first_key, h) + channel, p.k.token, keys, count);
       __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
       for (int c = 0; c < channels / 4; ++c) {
         float4 query[part];
 #pragma unroll
