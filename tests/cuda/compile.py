@@ -239,7 +239,7 @@ def main() -> int:
             else:
                 failures += changes(name, table.kernels[name], kernels[name])
         if failures:
-            failures.append("if this is meant: tests/cuda/compile.py . build/cuda-resources --update")
+            failures.append("if this is meant: " + " ".join(sys.argv) + " --update")
     print("\n".join(f"FAIL {failure}" for failure in failures))
     print(f"{compiled} kernels for sm_{', '.join(map(str, archs))}, {len(failures)} failures")
     return 1 if failures else 0
