@@ -34,7 +34,7 @@ class Mutation:
 
 
 def flash(what: str, old: str, new: str, header: str = "detail/flash_mma.cuh") -> Mutation:
-    return Mutation(what, "ops/softmax_attention_cuda", "*", header, old, new)
+    return Mutation(what, "ops/softmax_attention_cuda", "*causal mask*,*tensor cores q*", header, old, new)
 
 
 def ttt(what: str, header: str, old: str, new: str) -> Mutation:
