@@ -38,10 +38,13 @@ struct Access {
 struct Cell {
   Access write, read;
 };
+struct FreeCells {
+  void operator()(Cell* cells) const { std::free(cells); }
+};
 
 struct Allocation {
   std::size_t bytes = 0, mapped = 0;
-  std::unique_ptr<Cell[]> cells;
+  std::unique_ptr<Cell[], FreeCells> cells;  // zero: the system brings pages of it as they are touched
 };
 
 // A copy under way: 16 bytes, of zero where `from` is null.
@@ -354,7 +357,9 @@ cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
   allocation.bytes = bytes;
   allocation.mapped = round_up(std::max<std::size_t>(bytes, 1), emu::page);
   if (m.used + allocation.mapped + emu::page > emu::arena_bytes) return cudaErrorMemoryAllocation;
-  if (m.instrumented) allocation.cells = std::make_unique<emu::Cell[]>(bytes / emu::cell_bytes + 1);
+  if (m.instrumented)
+    allocation.cells.reset(
+        static_cast<emu::Cell*>(std::calloc(bytes / emu::cell_bytes + 1, sizeof(emu::Cell))));
   std::byte* const base = m.arena + m.used;
   m.used += allocation.mapped + emu::page;
   mprotect(base, allocation.mapped, PROT_READ | PROT_WRITE);
