@@ -342,4 +342,16 @@ TEST_CASE(
   CHECK(count.ratio(emu::Kind::global_load) == 1.0);
   CHECK(count.worst_bank_conflict() == 1.0);
 }
+
+TEST_CASE("on tensor cores a causal mask spares the keys behind the diagonal") {
+  if (!emu::checked()) return;
+  const Case<half> c({1, 256, 256, 1, 32, 32}, Layout::dense);
+  const OnDevice<half, 4> q(c.q), k(c.k), v(c.v), out(c.out);
+  const emu::Count count;
+  check_ok(softmax_attention<half>(Cuda{}, q.view(), k.view(), v.view(), out.view(),
+                                   {.scale = {}, .causal = true, .bias = {}, .lse = {}}));
+  CHECK(count.global_bytes_loaded() == 32 * sizeof(half) * (256 + 2 * (128 + 256)));
+  // Of 8 x 4 pairs of 32 queries and 64 keys 20 hold a key that is seen; each has 2 x 8 x 2 products and 2 x 4 x 4.
+  CHECK(count.mma() == 20 * (32 + 32));
+}
 #endif

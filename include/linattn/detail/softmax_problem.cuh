@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include <linattn/core/status.hpp>
 #include <linattn/detail/cuda.cuh>
 #include <linattn/version.hpp>
