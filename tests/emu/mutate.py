@@ -66,8 +66,6 @@ MUTATIONS = [
     ttt("ttt apply: tokens beyond the last are written", APPLY, "if (token + t < end && 8 * chunk < d)", "if (8 * chunk < d)"),
     Mutation("token statistics: no barrier before the warps are joined", "ops/instance_norm_cuda", "*follows its formula*",
              "detail/token_stats.cuh", "  __syncthreads();\n", ""),
-    Mutation("token statistics: the rows of a warp are joined the wrong way", "ops/instance_norm_cuda", "*follows its formula*",
-             "detail/token_stats.cuh", "m[c].delta, tile_columns)", "m[c].delta, tile_columns / 2)"),
 ]
 
 
