@@ -100,6 +100,21 @@ def main():
         run("another op, so that nothing ran", 1, "0 passed, 0 failed", good, "--ops=softmax_attention")
         run("an unknown op in --ops", 2, None, good, "--ops", "key_instance_norm,no_such_op")
         run("no path", 2, None)
+
+        cuda = "--context", "cuda"
+        run("a sound case on cuda", 0, "1 passed, 0 failed", good, *cuda)
+        for index in (0, 1, 6, 9, 12):
+            run(f"{list(broken)[index]} on cuda", 1, "0 passed, 1 failed", folder / f"broken{index}.safetensors", *cuda)
+        elsewhere = case("elsewhere", lambda _, m: m.update({"op": "neighborhood_attention"}))
+        result = run("an op that cuda does not have", 0, "1 passed, 0 failed", good, elsewhere, *cuda)
+        if "not on cuda" not in result.stdout or "1 cases not on cuda skipped" not in result.stdout:
+            failures.append("what cuda does not have is not listed")
+        run("nothing that cuda has", 1, "0 passed, 0 failed", elsewhere, *cuda)
+        run("an op in --ops that cuda does not have", 2, None, good, "--ops=neighborhood_attention", *cuda)
+        run("an op in --ops before the context", 2, None, good, *cuda, "--ops", "key_instance_norm,no_such_op")
+        run("the cpu by name", 0, "1 passed, 0 failed", good, "--context=cpu")
+        run("an unknown context", 2, None, good, "--context=gpu")
+        run("no context", 2, None, good, "--context")
         run("an unknown option", 2, None, good, "--fast")
 
     for failure in failures:

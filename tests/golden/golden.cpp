@@ -166,17 +166,20 @@ bool Case::finish(bool completed) {
   return failures_ == 0;
 }
 
-std::map<std::string, Runner, std::less<>>& registry() {
-  static std::map<std::string, Runner, std::less<>> runners;
-  return runners;
+std::map<std::string, Runner, std::less<>>& registry(std::string_view context) {
+  static std::map<std::string, std::map<std::string, Runner, std::less<>>, std::less<>> contexts;
+  return contexts[std::string(context)];
 }
 
-Registration::Registration(std::initializer_list<std::string_view> ops, Runner runner) {
+Registration::Registration(std::string_view context, std::initializer_list<std::string_view> ops,
+                           Runner runner) {
   for (const std::string_view op : ops)
-    if (!registry().emplace(op, runner).second) {
+    if (!registry(context).emplace(op, runner).second) {
       std::fprintf(stderr, "golden: two runners for op '%.*s'\n", static_cast<int>(op.size()), op.data());
       std::abort();
     }
 }
+Registration::Registration(std::initializer_list<std::string_view> ops, Runner runner)
+    : Registration("cpu", ops, runner) {}
 
 }  // namespace golden

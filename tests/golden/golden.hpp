@@ -127,10 +127,12 @@ class Case {
 
 using Runner = void (*)(Case&);
 
-// Every op name and its runner. Files of this folder add theirs by a Registration at namespace scope.
-[[nodiscard]] std::map<std::string, Runner, std::less<>>& registry();
+// Every op name and its runner, of a context: "cpu" or "cuda". Files of this folder add theirs by a Registration at
+// namespace scope.
+[[nodiscard]] std::map<std::string, Runner, std::less<>>& registry(std::string_view context);
 
 struct Registration {
+  Registration(std::string_view context, std::initializer_list<std::string_view> ops, Runner runner);
   Registration(std::initializer_list<std::string_view> ops, Runner runner);
 };
 

@@ -7,6 +7,9 @@
 #include <utility>
 #include <vector>
 
+#include <linattn/layers/projections.hpp>
+#include <linattn/layers/ttt_attention.hpp>
+
 #include "ttt.hpp"
 
 namespace golden {
@@ -82,14 +85,15 @@ struct Layer {
     for (const auto& b : o.conv_bias) conv_bias.push_back(support::to_double(b));
   }
 
-  [[nodiscard]] TttAttentionWeights<T> weights(bool project) const {
+  template <class At>
+  [[nodiscard]] TttAttentionWeights<T> weights(At&& at, bool project) const {
     TttAttentionWeights<T> w;
-    w.projections = split_qkv<T>(qkv_weight.view(), qkv_bias.view());
-    if (project) w.projections.out = {proj_weight.view(), proj_bias.view()};
-    w.inner = inner.views();
+    w.projections = split_qkv<T>(at.view(qkv_weight), at.view(qkv_bias));
+    if (project) w.projections.out = {at.view(proj_weight), at.view(proj_bias)};
+    w.inner = inner.views(at);
     if (!conv.empty()) {
-      w.q_conv = conv[0].view(), w.k_conv = conv[1].view();
-      w.q_conv_bias = conv_bias[0].view(), w.k_conv_bias = conv_bias[1].view();
+      w.q_conv = at.view(conv[0]), w.k_conv = at.view(conv[1]);
+      w.q_conv_bias = at.view(conv_bias[0]), w.k_conv_bias = at.view(conv_bias[1]);
     }
     return w;
   }
@@ -116,68 +120,91 @@ struct Layer {
 };
 
 // q, k and v of the layer in turn, checked.
-template <class T>
+template <class At, class T>
 std::vector<Buffer<T, 3>> check_projections(Case& c, const Layer<T>& layer) {
-  const AttentionWeights<T> w = layer.weights(false).projections;
   std::vector<Buffer<T, 3>> result;
-  for (const auto& [name, p] : {std::pair{"mid.q", w.q}, std::pair{"mid.k", w.k}, std::pair{"mid.v", w.v}}) {
+  const auto project = [&](const char* name, Projection<T> AttentionWeights<T>::*member) {
     Buffer<T, 3>& y = result.emplace_back(layer.output(false));
-    const TensorView<T, 3> out = y.view();
-    const std::size_t bytes = linear_workspace(Cpu{}, layer.input.view(), p.weight, p.bias, out);
-    require(linear(arena(bytes), layer.input.view(), p.weight, p.bias, out));
-    c.check(name, support::type_name<T>, out, recorded<T>);
-  }
+    At at;
+    const Projection<T> p = layer.weights(at, false).projections.*member;
+    const TensorView<T, 3> x = at.view(layer.input), out = at.view(y);
+    at.run([&](const auto& ctx) { return linear_workspace(ctx, x, p.weight, p.bias, out); },
+           [&](const auto& ctx) { return linear(ctx, x, p.weight, p.bias, out); });
+    c.check(name, support::type_name<T>, y.view(), recorded<T>);
+  };
+  project("mid.q", &AttentionWeights<T>::q);
+  project("mid.k", &AttentionWeights<T>::k);
+  project("mid.v", &AttentionWeights<T>::v);
   return result;
 }
 
 // What the T5 layer has between its projections: the key norm, the convs, the gradients and W'.
-template <class Model, class Loss, class T>
+template <class At, class Model, class Loss, class T>
 void check_inner(Case& c, const Recorded& r, const Layer<T>& layer, const std::vector<Buffer<T, 3>>& qkv) {
   const std::string run = support::type_name<T>;
-  const TensorView<T, 4> q = split_heads(qkv[0].view(), layer.heads),
-                         k = split_heads(qkv[1].view(), layer.heads);
-  const TensorView<T, 4> v = split_heads(qkv[2].view(), layer.heads);
-  const TttAttentionWeights<T> w = layer.weights(false);
-  Buffer<T, 4> norm(k.extents), local(k.extents);
-  const InstanceNormOptions key_norm{.eps = layer.key_norm_eps};
-  require(instance_norm(arena(instance_norm_workspace(Cpu{}, k, norm.view(), key_norm)), k, norm.view(),
-                        key_norm));
+  const auto heads = [&](const TensorView<T, 3>& v) { return split_heads(v, layer.heads); };
+  const std::array<Index, 4> shape = heads(qkv[1].view()).extents;
+  Buffer<T, 4> norm(shape), local(shape);
+  {
+    At at;
+    const TensorView<T, 4> k = heads(at.view(qkv[1])), out = at.view(norm);
+    const InstanceNormOptions options{.eps = layer.key_norm_eps};
+    at.run([&](const auto& ctx) { return instance_norm_workspace(ctx, k, out, options); },
+           [&](const auto& ctx) { return instance_norm(ctx, k, out, options); });
+  }
   c.check("mid.k_norm", run, swap_tokens_heads(norm.view()), recorded<T>);
   if (!layer.conv.empty()) {
-    require(depthwise_conv(Cpu{}, q, w.q_conv, w.q_conv_bias, local.view(), {.grid = layer.grid}));
-    c.check("mid.q_local", run, swap_tokens_heads(local.view()), recorded<T>);
-    require(depthwise_conv(Cpu{}, norm.view(), w.k_conv, w.k_conv_bias, local.view(), {.grid = layer.grid}));
-    c.check("mid.k_local", run, swap_tokens_heads(local.view()), recorded<T>);
+    const auto convolve = [&](const char* name, const TensorView<const double, 4>& from, std::size_t which) {
+      const Buffer<T, 4> x = rounded<T>(from);
+      At at;
+      const TensorView<T, 4> in = at.view(x), weight = at.view(layer.conv[which]), out = at.view(local);
+      const TensorView<T, 1> bias = at.view(layer.conv_bias[which]);
+      at.run(
+          [](const auto&) { return std::size_t{0}; },
+          [&](const auto& ctx) { return depthwise_conv(ctx, in, weight, bias, out, {.grid = layer.grid}); });
+      c.check(name, run, swap_tokens_heads(local.view()), recorded<T>);
+    };
+    convolve("mid.q_local", support::to_double(heads(qkv[0].view())).view(), 0);
+    convolve("mid.k_local", support::to_double(norm).view(), 1);
   }
-  TttOptions<T> options{.inner_lr = layer.inner_lr, .scale = layer.scale};
-  options.prologue = {true, layer.key_norm_eps, w.q_conv, w.k_conv, w.q_conv_bias, w.k_conv_bias, layer.grid};
-  const Updated<T> updated(k.extent(0), k.extent(2), k.extent(3), r.initial.size());
-  const std::size_t bytes = ttt_update_workspace<Model, Loss>(Cpu{}, k, v, w.inner, updated.views(), options);
-  require(ttt_update<Model, Loss>(arena(bytes), k, v, w.inner, updated.views(), options));
+  Updated<T> updated(shape[0], shape[2], shape[3], r.initial.size());
+  {
+    At at;
+    const TttAttentionWeights<T> w = layer.weights(at, false);
+    TttOptions<T> options{.inner_lr = layer.inner_lr, .scale = layer.scale};
+    options.prologue = {true,          layer.key_norm_eps, w.q_conv,  w.k_conv,
+                        w.q_conv_bias, w.k_conv_bias,      layer.grid};
+    const TensorView<T, 4> k = heads(at.view(qkv[1])), v = heads(at.view(qkv[2]));
+    const FastWeights<T> fast = updated.views(at);
+    at.run(
+        [&](const auto& ctx) { return ttt_update_workspace<Model, Loss>(ctx, k, v, w.inner, fast, options); },
+        [&](const auto& ctx) { return ttt_update<Model, Loss>(ctx, k, v, w.inner, fast, options); });
+  }
   check_update<T>(c, run, r.initial, updated, layer.inner_lr);
 }
 
-// A Form runs a layer: Form::run(layer, project), the core alone without `project`.
-template <class Form, class T>
+// A Form runs a layer: Form::run<At>(layer, project), the core alone without `project`.
+template <class At, class Form, class T>
 void check_layer(Case& c, const Layer<T>& layer) {
-  c.check("mid.core_out", support::type_name<T>, Form::run(layer, false).view(), recorded<T>);
-  c.check("output", support::type_name<T>, Form::run(layer, true).view(), recorded<T>);
+  const Tolerance tolerance = Form::template tolerance<At, T>();
+  c.check("mid.core_out", support::type_name<T>, Form::template run<At>(layer, false).view(), tolerance);
+  c.check("output", support::type_name<T>, Form::template run<At>(layer, true).view(), tolerance);
 }
 
-template <class Form, class T>
+template <class At, class Form, class T>
 void check_stored(Case& c, const Recorded& r) {
   const Layer<T> layer(r);
   const Layer<double> exact(layer);
-  c.compare("output", support::type_name<T>, Form::run(layer, true).view(),
-            to_golden<3>(Form::run(exact, true).view()), stored<T>);
+  c.compare("output", support::type_name<T>, Form::template run<At>(layer, true).view(),
+            to_golden<3>(Form::exact(exact).view()), At::template stored_after<T>(Form::roundings));
 }
 
-template <class Form>
+template <class At, class Form>
 void check_all(Case& c, const Recorded& r) {
-  check_layer<Form>(c, Layer<float>(r));
-  check_layer<Form>(c, Layer<double>(r));
-  check_stored<Form, half>(c, r);
-  check_stored<Form, bfloat16>(c, r);
+  check_layer<At, Form>(c, Layer<float>(r));
+  if constexpr (At::has_double) check_layer<At, Form>(c, Layer<double>(r));
+  check_stored<At, Form, half>(c, r);
+  check_stored<At, Form, bfloat16>(c, r);
 }
 
 }  // namespace golden

@@ -1,4 +1,5 @@
-// golden PATH... [--ops a,b]: runs recorded cases (safetensors files, or folders of them) by their `op`.
+// golden PATH... [--ops a,b] [--context cpu|cuda]: runs recorded cases (safetensors files, or folders of them) by
+// their `op`.
 //
 // A line a tensor, then "N passed, N failed" where N counts cases. Exit code 0 when all passed, 1 when one failed
 // (a difference, an unknown op, an unknown or a missing tensor, a file that cannot be read) or none was run, 2 for a
@@ -17,14 +18,17 @@
 namespace {
 
 constexpr const char* usage =
-    "usage: golden PATH... [--ops a,b]\n"
+    "usage: golden PATH... [--ops a,b] [--context cpu|cuda]\n"
     "  PATH       a safetensors file with a recorded case, or a folder of them\n"
     "  --ops a,b  run these ops only; without it every case must have a known op\n"
+    "  --context  where the ops run, cpu without it; cases of ops that cuda does not have are listed and "
+    "skipped\n"
     "example: golden ../shared/goldens/ttt --ops softmax_attention,ttt_swiglu_ip\n";
 
 struct Arguments {
   std::vector<std::filesystem::path> paths;
   std::set<std::string, std::less<>> ops;
+  std::string context = "cpu";
   bool help = false;
   std::string error;
 };
@@ -44,20 +48,29 @@ Arguments parse(int count, char** values) {
       while (!list.empty()) {
         const std::size_t comma = std::min(list.find(','), list.size());
         const std::string op(list.substr(0, comma));
-        if (!golden::registry().contains(op)) {
-          arguments.error = "--ops: unknown op '" + op + "'";
-          return arguments;
-        }
         arguments.ops.insert(op);
         list.remove_prefix(std::min(comma + 1, list.size()));
       }
       if (arguments.ops.empty()) arguments.error = "--ops needs a list";
+    } else if (value == "--context" || value.starts_with("--context=")) {
+      if (value == "--context" && ++i == count) {
+        arguments.error = "--context needs cpu or cuda";
+        return arguments;
+      }
+      arguments.context = value == "--context" ? values[i] : value.substr(10);
+      if (arguments.context != "cpu" && arguments.context != "cuda")
+        arguments.error = "--context: neither cpu nor cuda: '" + arguments.context + "'";
     } else if (value.starts_with("-")) {
       arguments.error = "unknown option '" + std::string(value) + "'";
     } else {
       arguments.paths.emplace_back(value);
     }
   }
+  for (const std::string& op : arguments.ops)
+    if (arguments.error.empty() && !golden::registry(arguments.context).contains(op))
+      arguments.error =
+          "--ops: " + std::string(golden::registry("cpu").contains(op) ? "not on cuda" : "unknown op") +
+          ": '" + op + "'";
   if (arguments.error.empty() && arguments.paths.empty()) arguments.error = "no path was given";
   return arguments;
 }
@@ -72,7 +85,7 @@ std::vector<std::filesystem::path> files_of(const std::filesystem::path& path) {
   return files;
 }
 
-enum class Outcome { passed, failed, skipped };
+enum class Outcome { passed, failed, skipped, elsewhere };
 
 Outcome run(const std::filesystem::path& path, const Arguments& arguments) {
   try {
@@ -80,8 +93,13 @@ Outcome run(const std::filesystem::path& path, const Arguments& arguments) {
     const std::string op = c.op();
     if (!arguments.ops.empty() && !arguments.ops.contains(op)) return Outcome::skipped;
     std::printf("%s (%s)\n", path.filename().c_str(), op.c_str());
-    const auto runner = golden::registry().find(op);
-    if (runner == golden::registry().end()) {
+    const auto& runners = golden::registry(arguments.context);
+    const auto runner = runners.find(op);
+    if (runner == runners.end() && golden::registry("cpu").contains(op)) {
+      std::printf("  not on %s\n", arguments.context.c_str());
+      return Outcome::elsewhere;
+    }
+    if (runner == runners.end()) {
       std::printf("  FAIL unknown op '%s'\n", op.c_str());
       return Outcome::failed;
     }
@@ -111,7 +129,7 @@ int main(int count, char** values) {
     std::fprintf(stderr, "golden: %s\n%s", arguments.error.c_str(), usage);
     return 2;
   }
-  int passed = 0, failed = 0, skipped = 0;
+  int passed = 0, failed = 0, skipped = 0, elsewhere = 0;
   for (const std::filesystem::path& path : arguments.paths) {
     std::vector<std::filesystem::path> files;
     try {
@@ -128,9 +146,11 @@ int main(int count, char** values) {
       passed += outcome == Outcome::passed;
       failed += outcome == Outcome::failed;
       skipped += outcome == Outcome::skipped;
+      elsewhere += outcome == Outcome::elsewhere;
     }
   }
   if (skipped > 0) std::printf("%d cases of other ops skipped\n", skipped);
+  if (elsewhere > 0) std::printf("%d cases not on %s skipped\n", elsewhere, arguments.context.c_str());
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 && passed > 0 ? 0 : 1;
 }

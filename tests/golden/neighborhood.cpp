@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "host.hpp"
 #include "layers.hpp"
 
 namespace {
@@ -60,7 +61,7 @@ void run_neighborhood(Case& c) {
   const std::array<TensorView<const double, 4>, 3> qkv = {
       swap_tokens_heads(q.view<4>()), swap_tokens_heads(k.view<4>()), swap_tokens_heads(v.view<4>())};
   const NeighborhoodAttentionOptions options{grid_of(c), kernel_of(c), c.number("scale")};
-  for_each_layout([&]<class T>(Layout layout) {
+  for_each_layout<Host>([&]<class T>(Layout layout) {
     const std::string run = run_name<T>(layout);
     c.check("output", run, swap_tokens_heads(local<T>(qkv, options, layout).view()), recorded<T>);
     c.check("mid.attn", run, window_weights<T>(qkv, options, layout).view(), recorded<T>);
@@ -98,7 +99,7 @@ struct MixedLayer {
   // Without the output projection: the core. `mix`: the share of the neighborhood attention.
   [[nodiscard]] Buffer<T, 3> run(bool project, double mix = 0.5) const {
     Buffer<T, 3> out = ttt.output(project);
-    const MixedAttentionWeights<T> w{ttt.weights(project), scale.view(), offset.view()};
+    const MixedAttentionWeights<T> w{ttt.weights(Host{}, project), scale.view(), offset.view()};
     MixedLayerOptions options{.heads = ttt.heads, .grid = ttt.grid, .kernel = kernel};
     options.inner_lr = ttt.inner_lr, options.scale = ttt.scale, options.key_norm_eps = ttt.key_norm_eps;
     options.mix = mix;
@@ -130,10 +131,10 @@ template <class T>
 void check_mixed(Case& c, const Recorded& r, const Rescaling& more) {
   const MixedLayer<T> layer(r, more);
   const std::string run = support::type_name<T>;
-  std::vector<Buffer<T, 3>> qkv = check_projections(c, layer.ttt);
+  std::vector<Buffer<T, 3>> qkv = check_projections<Host>(c, layer.ttt);
   qkv[0] = layer.rescaled(qkv[0], 0);
   qkv[1] = layer.rescaled(qkv[1], 1);
-  check_inner<Mlp, SquaredError>(c, r, layer.ttt, qkv);
+  check_inner<Host, Mlp, SquaredError>(c, r, layer.ttt, qkv);
   c.check("mid.ttt_out", run, layer.run(false, 0.0).view(), recorded<T>);
   c.check("mid.na_out", run, layer.run(false, 1.0).view(), recorded<T>);
   c.check("mid.core_out", run, layer.run(false).view(), recorded<T>);
@@ -158,8 +159,8 @@ void run_mixed_layer(Case& c) {
 }
 
 const Registration registrations[] = {
-    {{"neighborhood_attention"}, run_neighborhood},
-    {{"layer_dit5_mixed"}, run_mixed_layer},
+    {Host::context, {"neighborhood_attention"}, run_neighborhood},
+    {Host::context, {"layer_dit5_mixed"}, run_mixed_layer},
 };
 
 }  // namespace

@@ -1,7 +1,8 @@
 // What the runners of the attention ops share: tolerances, layouts, and the op under test at every storage.
 //
 // Core cases run in float and in double on dense, permuted, packed and sliced views; f16 and bf16 storage is
-// compared with double on the same rounded inputs.
+// compared with double on the same rounded inputs. Runners are templates over the place where ops run, `At`: Host
+// (host.hpp) or Device (device.hpp), which has no double.
 #pragma once
 
 #include <array>
@@ -13,7 +14,14 @@
 #include <utility>
 #include <vector>
 
-#include <linattn/cpu.hpp>
+#include <linattn/core/context.hpp>
+#include <linattn/core/dtype.hpp>
+#include <linattn/core/status.hpp>
+#include <linattn/core/tensor.hpp>
+#include <linattn/ops/depthwise_conv.hpp>
+#include <linattn/ops/instance_norm.hpp>
+#include <linattn/ops/softmax_attention.hpp>
+#include <linattn/ops/ttt.hpp>
 
 #include "../buffers.hpp"
 #include "golden.hpp"
@@ -35,18 +43,7 @@ inline void require(const Status& status) {
   if (!status.ok()) throw std::runtime_error(message(status).c_str());
 }
 
-// Scratch memory that grows between calls.
-class Arena {
- public:
-  Cpu<Serial> operator()(std::size_t bytes) {
-    if (memory_.size() < bytes) memory_.resize(bytes);
-    return {{memory_.data(), memory_.size()}, {}};
-  }
-
- private:
-  std::vector<std::byte> memory_;
-};
-inline Arena arena;
+struct Host;
 
 // What a check calls a run: "float packed".
 template <class T>
@@ -86,13 +83,19 @@ inline TensorView<const double, 4> one_head(const TensorView<const double, 3>& v
   return split_heads(v, 1);
 }
 
-// Runs f.operator()<T>(layout) for the checks against the file, then for 16-bit storage.
-template <class F>
+// Runs f.operator()<T>(layout) for the checks against the file.
+template <class At, class F>
 void for_each_layout(const F& f) {
   for (const Layout layout : support::all_layouts) {
     f.template operator()<float>(layout);
-    f.template operator()<double>(layout);
+    if constexpr (At::has_double) f.template operator()<double>(layout);
   }
+}
+// The same for 16-bit storage.
+template <class At, class F>
+void for_each_stored(const F& f) {
+  for (const Layout layout : At::stored_layouts) f.template operator()<half>(layout);
+  for (const Layout layout : At::stored_layouts) f.template operator()<bfloat16>(layout);
 }
 
 inline TokenGrid grid_of(const Case& c) {
@@ -125,9 +128,12 @@ struct Matrices {
   explicit Matrices(const Matrices<S>& from) {
     for (const auto& w : from.memory) memory.push_back(support::to_double(w));
   }
-  [[nodiscard]] TttWeights<T> views() const {
-    const auto at = [&](std::size_t i) { return i < memory.size() ? memory[i].view() : TensorView<T, 3>{}; };
-    return {at(0), at(1), at(2)};
+  template <class At>
+  [[nodiscard]] TttWeights<T> views(At&& at) const {
+    const auto view = [&](std::size_t i) {
+      return i < memory.size() ? at.view(memory[i]) : TensorView<T, 3>{};
+    };
+    return {view(0), view(1), view(2)};
   }
   std::vector<Buffer<T, 3>> memory;
 };
@@ -138,9 +144,12 @@ struct Updated {
   Updated(Index batch, Index heads, Index d, std::size_t count) {
     for (std::size_t m = 0; m < count; ++m) memory.emplace_back(std::array<Index, 4>{batch, heads, d, d});
   }
-  [[nodiscard]] FastWeights<C> views() const {
-    const auto at = [&](std::size_t i) { return i < memory.size() ? memory[i].view() : TensorView<C, 4>{}; };
-    return {at(0), at(1), at(2)};
+  template <class At>
+  [[nodiscard]] FastWeights<C> views(At&& at) {
+    const auto view = [&](std::size_t i) {
+      return i < memory.size() ? at.view(memory[i]) : TensorView<C, 4>{};
+    };
+    return {view(0), view(1), view(2)};
   }
   std::vector<Buffer<C, 4>> memory;
 };

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "ttt.hpp"
+#include "host.hpp"
 
 namespace {
 
@@ -60,7 +60,7 @@ void run_conv(Case& c) {
   const std::array<TensorView<const double, 4>, 3> qkv = {one_head(q.view<3>()), one_head(k.view<3>()),
                                                           one_head(v.view<3>())};
   const TttConvOptions options{grid_of(c), c.number("scale"), c.number("inner_lr")};
-  for_each_layout([&]<class T>(Layout layout) {
+  for_each_layout<Host>([&]<class T>(Layout layout) {
     const std::string run = run_name<T>(layout);
     c.check("output", run, convolved<T>(qkv, weight.view<4>(), options, layout).view(), recorded<T>);
     check_learned(c, "", run, weight, learned<T>(qkv[1], qkv[2], weight.view<4>(), options, layout),
@@ -167,11 +167,11 @@ void check_vittt(Case& c, const Parameters& p) {
 
   const TensorView<T, 4> k = split_heads(parts[1].view(), heads), v = split_heads(parts[2].view(), heads);
   const TttOptions<T> options{.inner_lr = p.options.inner_lr, .scale = p.options.scale};
-  const Updated<T> updated(k.extent(0), heads, d, 2);
-  const auto w = layer.matrices.views();
+  Updated<T> updated(k.extent(0), heads, d, 2);
+  const auto w = layer.matrices.views(Host{});
   const std::size_t bytes =
-      ttt_update_workspace<Glu, InnerProduct, ColumnClip>(Cpu{}, k, v, w, updated.views(), options);
-  require(ttt_update<Glu, InnerProduct, ColumnClip>(arena(bytes), k, v, w, updated.views(), options));
+      ttt_update_workspace<Glu, InnerProduct, ColumnClip>(Cpu{}, k, v, w, updated.views(Host{}), options);
+  require(ttt_update<Glu, InnerProduct, ColumnClip>(arena(bytes), k, v, w, updated.views(Host{}), options));
   check_update<T>(c, run, p.matrices, updated, p.options.inner_lr, "21");
 
   const auto k2 = support::to_double(parts[4]), v2 = support::to_double(parts[5]);
@@ -200,8 +200,8 @@ void run_vittt_layer(Case& c) {
 }
 
 const Registration registrations[] = {
-    {{"vittt_dwc3x3"}, run_conv},
-    {{"layer_vittt"}, run_vittt_layer},
+    {Host::context, {"vittt_dwc3x3"}, run_conv},
+    {Host::context, {"layer_vittt"}, run_vittt_layer},
 };
 
 }  // namespace
