@@ -98,12 +98,4 @@ class Count {
   void print() const;
 };
 
-// Every launch since the program began, for tables: kernel, threads a block, bytes of dynamic shared memory.
-struct Launch {
-  std::string kernel;
-  int threads = 0;
-  std::size_t shared = 0;
-};
-[[nodiscard]] std::vector<Launch> launches();
-
 }  // namespace emu

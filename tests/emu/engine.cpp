@@ -62,7 +62,6 @@ struct Engine {
   int recorders = 0;
   cudaError_t last_error = cudaSuccess;
   std::map<const void*, std::size_t> asked;  // for shared memory, by kernel
-  std::map<const void*, std::map<std::pair<int, std::size_t>, int>> launched;
 
   Engine() {
     stacks = static_cast<char*>(mmap(nullptr, stack_bytes * max_threads, PROT_READ | PROT_WRITE,
@@ -100,8 +99,8 @@ void entry(context::transfer_t from) {
 #endif
   engine().scheduler = from.fctx;
   engine().body(engine().arguments);
-  if (!copies_are_landed())
-    fault(Fault::unwaited_copy, "the thread ends with copies that it did not wait for", 0);
+  if (const Place place = unfinished_copy(); place != 0)
+    fault(Fault::unwaited_copy, "the thread ends with copies that it did not wait for", place);
   running.kernel = false;
   engine().threads[static_cast<std::size_t>(running.thread)].wait = Wait::done;
 #if defined(__SANITIZE_ADDRESS__)
@@ -361,13 +360,6 @@ Recorder::~Recorder() {
 }
 const std::vector<Report>& Recorder::reports() const { return engine().reports; }
 
-std::vector<Launch> launches() {
-  std::vector<Launch> all;
-  for (const auto& [function, sizes] : engine().launched)
-    for (const auto& [size, times] : sizes) all.push_back({function_name(function), size.first, size.second});
-  return all;
-}
-
 void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, void (*body)(void*),
             void* arguments, int& error) {
   Engine& e = engine();
@@ -380,7 +372,6 @@ void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, void 
     error = possible ? cudaErrorInvalidValue : cudaErrorInvalidConfiguration;
     return;
   }
-  ++e.launched[kernel][{static_cast<int>(threads), shared}];
   e.count = static_cast<int>(threads);
   e.body = body;
   e.arguments = arguments;

@@ -45,7 +45,7 @@ extern Running running;
 void open_device_memory(bool open);  // to the host
 void begin_block();
 void touch(const void* address, std::size_t bytes, bool write, Place place);
-[[nodiscard]] bool copies_are_landed();  // of the thread
+[[nodiscard]] Place unfinished_copy();  // of the thread; 0: none
 void forget_copies();
 
 // ---- count.cpp ----

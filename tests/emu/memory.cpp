@@ -289,7 +289,10 @@ void copy_wait(int pending) {
   };
   std::erase_if(copies.list, arrived);
 }
-bool copies_are_landed() { return memory().copies[static_cast<std::size_t>(running.thread)].list.empty(); }
+Place unfinished_copy() {
+  const Copies& copies = memory().copies[static_cast<std::size_t>(running.thread)];
+  return copies.list.empty() ? 0 : copies.list.front().place;
+}
 void forget_copies() {
   for (Copies& copies : memory().copies) copies = {};
 }

@@ -41,7 +41,7 @@ def ttt(what: str, header: str, old: str, new: str) -> Mutation:
     return Mutation(what, "ops/ttt_mma_cuda", "tails*", header, old, new)
 
 
-UPDATE, APPLY, TILES = "detail/ttt_mma_update.cuh", "detail/ttt_mma_apply.cuh", "detail/ttt_mma_tiles.cuh"
+UPDATE, APPLY, TILES = "detail/ttt_mma_update.cuh", "detail/ttt_mma_apply.cuh", "detail/mma_tiles.cuh"
 NEXT_STAGE = "    cp_async_wait<0>();\n    __syncthreads();\n    if (step + 1 < steps) load_stage(step + 1);\n"
 MUTATIONS = [
     flash("softmax: no barrier before the queries are read", "  cp_async_wait<1>();\n  __syncthreads();\n", "  cp_async_wait<1>();\n"),

@@ -11,9 +11,9 @@
 
 #include <linattn/core/status.hpp>
 #include <linattn/detail/cuda.cuh>
+#include <linattn/detail/mma_tiles.cuh>
 #include <linattn/detail/ptx.cuh>
 #include <linattn/detail/softmax_problem.cuh>
-#include <linattn/detail/ttt_mma_tiles.cuh>
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN

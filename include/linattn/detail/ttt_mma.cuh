@@ -16,10 +16,10 @@
 #include <linattn/core/status.hpp>
 #include <linattn/core/tensor.hpp>
 #include <linattn/detail/cuda.cuh>
+#include <linattn/detail/mma_tiles.cuh>
 #include <linattn/detail/token_stats.cuh>
 #include <linattn/detail/ttt_mma_apply.cuh>
 #include <linattn/detail/ttt_mma_load.cuh>
-#include <linattn/detail/ttt_mma_tiles.cuh>
 #include <linattn/detail/ttt_mma_update.cuh>
 #include <linattn/ops/ttt.hpp>
 #include <linattn/version.hpp>

@@ -9,9 +9,9 @@
 
 #include <linattn/core/dtype.hpp>
 #include <linattn/detail/cuda.cuh>
+#include <linattn/detail/mma_tiles.cuh>
 #include <linattn/detail/ptx.cuh>
 #include <linattn/detail/ttt_mma_load.cuh>
-#include <linattn/detail/ttt_mma_tiles.cuh>
 #include <linattn/ops/ttt_inner.hpp>
 #include <linattn/version.hpp>
 

@@ -12,8 +12,8 @@
 
 #include <linattn/core/dtype.hpp>
 #include <linattn/detail/cuda.cuh>
+#include <linattn/detail/mma_tiles.cuh>
 #include <linattn/detail/ptx.cuh>
-#include <linattn/detail/ttt_mma_tiles.cuh>
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN

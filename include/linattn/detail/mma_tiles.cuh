@@ -1,5 +1,5 @@
-// What the tensor-core kernels of TTT are made of: tiles in shared memory, their fragments, and the numbers that
-// the models' functions are given.
+// What the tensor-core kernels of softmax attention and TTT are made of: tiles in shared memory and their fragments; for
+// TTT, the numbers that the models' functions are given.
 #pragma once
 
 #include <cuda_runtime.h>
