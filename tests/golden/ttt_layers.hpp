@@ -8,8 +8,8 @@
 
 namespace golden {
 
-// Roundings of a result on a device: q and k, v, what is attended and the output, each product's weights as exact as
-// its input; and those within the op.
+// Roundings of a result on a device, beside those within the op: q and k, twice where they are convolved or normalised,
+// v, what is attended, and the output.
 inline constexpr int layer_roundings = 7;
 
 // The softmax layer, and the T5 layer of a model and a loss; without the output projection, its core.
