@@ -66,6 +66,12 @@ const char* kind_name(Kind kind) {
 }
 bool is_global(Kind kind) { return kind == Kind::global_load || kind == Kind::global_store; }
 
+std::uint64_t bytes_of(Kind kind) {
+  std::uint64_t bytes = 0;
+  for (const auto& [key, line] : counters.lines) bytes += line.kind == kind ? line.bytes : 0;
+  return bytes;
+}
+
 }  // namespace
 
 void count_access(const void* address, std::size_t bytes, bool write, bool shared, Place place) {
@@ -118,25 +124,9 @@ std::vector<Line> Count::lines() const {
 }
 std::uint64_t Count::mma() const { return counters.mma; }
 
-namespace {
-
-std::uint64_t bytes_of(Kind kind) {
-  std::uint64_t bytes = 0;
-  for (const auto& [key, line] : counters.lines) bytes += line.kind == kind ? line.bytes : 0;
-  return bytes;
-}
-
-}  // namespace
-
 std::uint64_t Count::global_bytes_loaded() const { return bytes_of(Kind::global_load); }
 std::uint64_t Count::global_bytes_stored() const { return bytes_of(Kind::global_store); }
 
-double Count::ratio(Kind kind) const {
-  Line sum;
-  for (const auto& [key, line] : counters.lines)
-    if (line.kind == kind) sum.transactions += line.transactions, sum.minimum += line.minimum;
-  return sum.ratio();
-}
 double Count::worst(Kind kind, const std::string& file) const {
   double worst = 1.0;
   for (const Line& line : lines())

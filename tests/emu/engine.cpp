@@ -16,6 +16,11 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#define EMU_START_SWITCH __sanitizer_start_switch_fiber
+#define EMU_FINISH_SWITCH __sanitizer_finish_switch_fiber
+#else
+#define EMU_START_SWITCH(...) static_cast<void>(0)
+#define EMU_FINISH_SWITCH(...) static_cast<void>(0)
 #endif
 
 uint3 threadIdx, blockIdx;
@@ -94,32 +99,24 @@ int warp_end(int warp) { return std::min(32 * warp + 32, engine().count); }
 // ---- fibers ----
 
 void entry(context::transfer_t from) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-#endif
+  EMU_FINISH_SWITCH(nullptr, nullptr, nullptr);
   engine().scheduler = from.fctx;
   engine().body(engine().arguments);
   if (const Place place = unfinished_copy(); place != 0)
     fault(Fault::unwaited_copy, "the thread ends with copies that it did not wait for", place);
   running.kernel = false;
   engine().threads[static_cast<std::size_t>(running.thread)].wait = Wait::done;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(nullptr, nullptr, 0);
-#endif
+  EMU_START_SWITCH(nullptr, nullptr, 0);
   context::jump_fcontext(engine().scheduler, nullptr);
 }
 
 // From the thread that runs to the scheduler; back when the thread is resumed.
 void leave() {
   running.kernel = false;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, nullptr, 0);
-#endif
+  [[maybe_unused]] void* fake = nullptr;
+  EMU_START_SWITCH(&fake, nullptr, 0);
   const context::transfer_t from = context::jump_fcontext(engine().scheduler, nullptr);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
+  EMU_FINISH_SWITCH(fake, nullptr, nullptr);
   engine().scheduler = from.fctx;
 }
 
@@ -129,15 +126,10 @@ void resume(int index) {
   threadIdx = {linear % blockDim.x, linear / blockDim.x % blockDim.y, linear / blockDim.x / blockDim.y};
   running.thread = index;
   running.kernel = true;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, engine().stacks + stack_bytes * static_cast<std::size_t>(index),
-                                 stack_bytes);
-#endif
+  [[maybe_unused]] void* fake = nullptr;
+  EMU_START_SWITCH(&fake, engine().stacks + stack_bytes * static_cast<std::size_t>(index), stack_bytes);
   const context::transfer_t from = context::jump_fcontext(thread.fiber, nullptr);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
+  EMU_FINISH_SWITCH(fake, nullptr, nullptr);
   thread.fiber = from.fctx;
 }
 
@@ -183,16 +175,19 @@ std::string situation(int first, int end) {
   return out;
 }
 
-// Whether the threads wait for the same thing: inlined twice, one line has two places.
+// Inlined or unrolled, one line has several places. Without debug information all are taken for the same.
+bool same_line(Place a, Place b) {
+  return a == b || source_line(a) == source_line(b) || source_line(a).starts_with('?');
+}
+
+// Whether the threads wait for the same thing.
 bool together(int first, int end) {
   const Thread& thread = engine().threads[static_cast<std::size_t>(first)];
   for (int i = first + 1; i < end; ++i) {
     const Thread& other = engine().threads[static_cast<std::size_t>(i)];
     if (other.wait != thread.wait || (thread.wait == Wait::collective && other.act != thread.act))
       return false;
-    if (thread.wait != Wait::done && other.place != thread.place &&
-        source_line(other.place) != source_line(thread.place))
-      return false;
+    if (thread.wait != Wait::done && !same_line(thread.place, other.place)) return false;
   }
   return true;
 }

@@ -24,7 +24,7 @@ namespace emu {
 namespace {
 
 constexpr std::size_t arena_bytes = std::size_t{1} << 36, page = 4096;
-constexpr std::size_t cell_bytes = 2;  // what is told apart: 16-bit elements. Single bytes are not checked
+constexpr std::size_t cell_bytes = 2;  // what is told apart: 16-bit elements, not bytes
 
 // The last access of a kind to a cell, or several that are alike to those that follow.
 enum class By : std::uint8_t { thread, warp, block, grid };
@@ -344,13 +344,6 @@ namespace {
 
 constexpr std::size_t round_up(std::size_t bytes, std::size_t to) { return (bytes + to - 1) / to * to; }
 
-// Opens device memory to the engine for a moment.
-struct Open {
-  bool was = emu::memory().open;
-  Open() { emu::open_device_memory(true); }
-  ~Open() { emu::open_device_memory(was); }
-};
-
 }  // namespace
 
 // Begins at a page, with an unmapped one before and behind it.
@@ -386,32 +379,24 @@ cudaError_t cudaFree(void* pointer) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind) {
-  const Open open;
+  emu::open_device_memory(true);
   std::memcpy(to, from, bytes);
-  return cudaGetLastError();
-}
-cudaError_t cudaMemset(void* to, int value, std::size_t bytes) {
-  const Open open;
-  std::memset(to, value, bytes);
+  emu::open_device_memory(false);
   return cudaGetLastError();
 }
 
 // ---- the callbacks of -fsanitize=thread ----
 
 #define EMU_PLACE reinterpret_cast<emu::Place>(__builtin_return_address(0))
-#define EMU_ACCESS(bytes)                                            \
-  void __tsan_read##bytes(void* p) {                                 \
-    if (emu::running.kernel) emu::touch(p, bytes, false, EMU_PLACE); \
-  }                                                                  \
-  void __tsan_write##bytes(void* p) {                                \
-    if (emu::running.kernel) emu::touch(p, bytes, true, EMU_PLACE);  \
-  }                                                                  \
-  void __tsan_unaligned_read##bytes(void* p) {                       \
-    if (emu::running.kernel) emu::touch(p, bytes, false, EMU_PLACE); \
-  }                                                                  \
-  void __tsan_unaligned_write##bytes(void* p) {                      \
-    if (emu::running.kernel) emu::touch(p, bytes, true, EMU_PLACE);  \
+#define EMU_CALLBACK(name, bytes, write)                             \
+  void __tsan_##name##bytes(void* p) {                               \
+    if (emu::running.kernel) emu::touch(p, bytes, write, EMU_PLACE); \
   }
+#define EMU_ACCESS(bytes)                    \
+  EMU_CALLBACK(read, bytes, false)           \
+  EMU_CALLBACK(write, bytes, true)           \
+  EMU_CALLBACK(unaligned_read, bytes, false) \
+  EMU_CALLBACK(unaligned_write, bytes, true)
 #define EMU_ATOMIC(bits, type)                                                \
   type __tsan_atomic##bits##_load(const volatile type* p, int) { return *p; } \
   void __tsan_atomic##bits##_store(volatile type* p, type v, int) { *p = v; } \
@@ -420,10 +405,8 @@ cudaError_t cudaMemset(void* to, int value, std::size_t bytes) {
   }                                                                           \
   type __tsan_atomic##bits##_fetch_add(volatile type* p, type v, int) {       \
     return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                        \
-  }                                                                           \
-  type __tsan_atomic##bits##_fetch_sub(volatile type* p, type v, int) {       \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                        \
   }
+
 extern "C" {
 void __tsan_init() { emu::memory().instrumented = true; }
 void __tsan_func_entry(void*) {}

@@ -35,10 +35,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-__forceinline__ float2 make_float2(float x, float y) { return {x, y}; }
-__forceinline__ float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-__forceinline__ uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-__forceinline__ uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // ---- what the engine gives a kernel ----
 
@@ -113,8 +109,6 @@ __forceinline__ T __shfl_up_sync(unsigned, T value, unsigned by, int width = 32)
 using std::max;
 using std::min;
 __forceinline__ float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
-__forceinline__ unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
-__forceinline__ float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 // ---- the runtime: one device, every stream in order ----
 
@@ -126,13 +120,7 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719
 };
 using cudaStream_t = struct CUstream_st*;
-enum cudaMemcpyKind {
-  cudaMemcpyHostToHost,
-  cudaMemcpyHostToDevice,
-  cudaMemcpyDeviceToHost,
-  cudaMemcpyDeviceToDevice,
-  cudaMemcpyDefault
-};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -147,36 +135,17 @@ cudaError_t cudaMalloc(T** pointer, std::size_t bytes) {
 }
 cudaError_t cudaFree(void* pointer);
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemset(void* to, int value, std::size_t bytes);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaGetLastError();  // of the launches since the last call
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
-                                   cudaStream_t = nullptr) {
-  return cudaMemcpy(to, from, bytes, kind);
-}
-inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t = nullptr) {
-  return cudaMemset(to, value, bytes);
-}
-inline cudaError_t cudaDeviceSynchronize() { return cudaGetLastError(); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaGetLastError(); }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorMemoryAllocation:
-      return "out of memory";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
-    case cudaErrorLaunchFailure:
-      return "unspecified launch failure";
-  }
-  return "unknown error";
+  return error == cudaSuccess              ? "no error"
+         : error == cudaErrorLaunchFailure ? "unspecified launch failure"
+                                           : "invalid argument or configuration";
 }
 
 template <class... P, class... A>

@@ -23,9 +23,6 @@ class BlockReduce {
       for (int i = 1; i < Threads; ++i) result = join(result, storage_.values[i]);
     return result;
   }
-  T Sum(const T& value) {
-    return Reduce(value, [](const T& a, const T& b) { return a + b; });
-  }
 
  private:
   TempStorage& storage_;
