@@ -91,8 +91,7 @@ TEST_CASE("ttt reads and writes little more than it must, in whole sectors and w
         CAPTURE(line.where);
         if (static_cast<double>(line.bytes) > 0.01 * (loaded + stored)) CHECK(line.ratio() == 1.0);
       }
-    for (const char* file :
-         {"ttt_mma_load.cuh", "mma_tiles.cuh", "ttt_mma_update.cuh", "ttt_mma_apply.cuh"})
+    for (const char* file : {"ttt_mma_load.cuh", "mma_tiles.cuh", "ttt_mma_update.cuh", "ttt_mma_apply.cuh"})
       for (const emu::Kind kind : {emu::Kind::shared_load, emu::Kind::shared_store}) {
         CAPTURE(file);
         CHECK(count.worst(kind, file) == 1.0);
