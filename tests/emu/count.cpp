@@ -60,16 +60,17 @@ void count_global(const Request& request, Line& line) {
   line.minimum += (bytes.size() + 31) / 32;
 }
 
-const char* kind_name(Kind kind) {
-  constexpr std::array names = {"global load", "global store", "shared load", "shared store"};
-  return names[static_cast<std::size_t>(kind)];
+void add(Line& sum, const Line& line) {
+  sum.requests += line.requests;
+  sum.transactions += line.transactions;
+  sum.minimum += line.minimum;
+  sum.bytes += line.bytes;
 }
-bool is_global(Kind kind) { return kind == Kind::global_load || kind == Kind::global_store; }
-
-std::uint64_t bytes_of(Kind kind) {
-  std::uint64_t bytes = 0;
-  for (const auto& [key, line] : counters.lines) bytes += line.kind == kind ? line.bytes : 0;
-  return bytes;
+Line sum_of(Kind kind) {
+  Line sum;
+  for (const auto& [key, line] : counters.lines)
+    if (line.kind == kind) add(sum, line);
+  return sum;
 }
 
 }  // namespace
@@ -92,7 +93,7 @@ void count_block() {
     line.kind = request.kind;
     ++line.requests;
     for (const std::uintptr_t address : request.address) line.bytes += address != 0 ? request.bytes : 0;
-    is_global(request.kind) ? count_global(request, line) : count_shared(request, line);
+    request.kind <= Kind::global_store ? count_global(request, line) : count_shared(request, line);
   }
   counters.open.clear();
   counters.times.clear();
@@ -113,10 +114,7 @@ std::vector<Line> Count::lines() const {
     Line& sum = merged[{where, line.kind}];
     sum.where = where;
     sum.kind = line.kind;
-    sum.requests += line.requests;
-    sum.transactions += line.transactions;
-    sum.minimum += line.minimum;
-    sum.bytes += line.bytes;
+    add(sum, line);
   }
   std::vector<Line> all;
   for (const auto& [key, line] : merged) all.push_back(line);
@@ -124,9 +122,10 @@ std::vector<Line> Count::lines() const {
 }
 std::uint64_t Count::mma() const { return counters.mma; }
 
-std::uint64_t Count::global_bytes_loaded() const { return bytes_of(Kind::global_load); }
-std::uint64_t Count::global_bytes_stored() const { return bytes_of(Kind::global_store); }
+std::uint64_t Count::global_bytes_loaded() const { return sum_of(Kind::global_load).bytes; }
+std::uint64_t Count::global_bytes_stored() const { return sum_of(Kind::global_store).bytes; }
 
+double Count::ratio(Kind kind) const { return sum_of(kind).ratio(); }
 double Count::worst(Kind kind, const std::string& file) const {
   double worst = 1.0;
   for (const Line& line : lines())
@@ -139,9 +138,10 @@ double Count::worst_bank_conflict() const {
 }
 
 void Count::print() const {
+  constexpr std::array names = {"global load", "global store", "shared load", "shared store"};
   std::printf("%-14s %10s %12s %6s  %s\n", "", "requests", "bytes", "ratio", "line");
   for (const Line& line : lines())
-    std::printf("%-14s %10llu %12llu %6.2f  %s\n", kind_name(line.kind),
+    std::printf("%-14s %10llu %12llu %6.2f  %s\n", names[static_cast<std::size_t>(line.kind)],
                 static_cast<unsigned long long>(line.requests), static_cast<unsigned long long>(line.bytes),
                 line.ratio(), line.where.c_str());
   std::printf("%-14s %10llu\n", "mma", static_cast<unsigned long long>(mma()));
