@@ -340,6 +340,7 @@ TEST_CASE(
   const emu::Count count;
   check_ok(softmax_attention<float>(Cuda{}, q.view(), k.view(), v.view(), out.view()));
   CHECK(count.ratio(emu::Kind::global_load) == 1.0);
+  CHECK(count.ratio(emu::Kind::global_store) == 1.0);
   CHECK(count.worst_bank_conflict() == 1.0);
 }
 

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include <linattn/core/status.hpp>
+#include <linattn/detail/channel_tiles.cuh>
 #include <linattn/detail/cuda.cuh>
 #include <linattn/detail/ptx.cuh>
 #include <linattn/detail/softmax_problem.cuh>
@@ -176,12 +177,16 @@ static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2
     T* const out = p.out.at(b, query, h) + first_value;
 #pragma unroll
     for (int j = 0; j < column_groups; ++j) {
-      const float row[4] = {sums[i][j].x, sums[i][j].y, sums[i][j].z, sums[i][j].w};
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int column = 4 * (x + side * j) + n;
-        if (column < values) out[column] = from_float<T>(row[n] * inverse);
+      const int column = 4 * (x + side * j);
+      const float4& row = sums[i][j];
+      const float four[quad] = {row.x * inverse, row.y * inverse, row.z * inverse, row.w * inverse};
+      if (p.quads) {
+        if (column < values) store_channels<quad>(out + column, four);
+        continue;
       }
+#pragma unroll
+      for (int n = 0; n < quad; ++n)
+        if (column + n < values) out[column + n] = from_float<T>(four[n]);
     }
   }
 }

@@ -21,6 +21,7 @@ struct SoftmaxProblem {
   int queries, keys, heads, head_dim, value_dim;
   int diagonal;  // query i sees the keys up to i + diagonal; without a mask that is at least all
   float scale;
+  bool quads;  // four neighbouring channels of out may be stored at once
 
   // Query i sees the keys [0, seen(i)), an empty range included.
   [[nodiscard]] __device__ __forceinline__ int seen(int query) const {

@@ -10,6 +10,7 @@
 #include <linattn/core/dtype.hpp>
 #include <linattn/core/status.hpp>
 #include <linattn/core/tensor.hpp>
+#include <linattn/detail/channel_tiles.cuh>
 #include <linattn/detail/cuda.cuh>
 #include <linattn/detail/flash_mma.cuh>
 #include <linattn/detail/softmax_plain.cuh>
@@ -48,7 +49,8 @@ template <class T>
       .head_dim = static_cast<int>(q.extent(3)),
       .value_dim = static_cast<int>(v.extent(3)),
       .diagonal = options.causal ? keys - queries : keys - 1,
-      .scale = static_cast<float>(options.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.extent(3)))))};
+      .scale = static_cast<float>(options.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.extent(3))))),
+      .quads = has_aligned_rows(out) && out.extent(3) % quad == 0};
   if (!options.bias.empty())
     p.bias = {options.bias.data, options.bias.stride(0), options.bias.stride(2), options.bias.stride(1)};
   if (!options.lse.empty())
