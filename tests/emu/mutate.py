@@ -41,6 +41,30 @@ def ttt(what: str, header: str, old: str, new: str) -> Mutation:
     return Mutation(what, "ops/ttt_mma_cuda", "tails*", header, old, new)
 
 
+def plain_softmax(what: str, old: str, new: str) -> Mutation:
+    return Mutation(what, "ops/softmax_attention_cuda", "*for every length<float>", "detail/softmax_plain.cuh", old, new)
+
+
+def plain_ttt(what: str, old: str, new: str) -> Mutation:
+    return Mutation(what, "ops/ttt_cuda", "*for other sizes*", "detail/ttt_plain.cuh", old, new)
+
+
+def statistics(what: str, cases: str, old: str, new: str) -> Mutation:
+    return Mutation(what, "ops/instance_norm_cuda", cases, "detail/token_stats.cuh", old, new)
+
+
+def rms_norm(what: str, old: str, new: str) -> Mutation:
+    return Mutation(what, "ops/rms_norm_cuda", "*follows its formula*", "ops/rms_norm_cuda.cuh", old, new)
+
+
+def conv(what: str, old: str, new: str) -> Mutation:
+    return Mutation(what, "ops/depthwise_conv_cuda", "*follows its formula: float", "ops/depthwise_conv_cuda.cuh", old, new)
+
+
+def linear(what: str, old: str, new: str) -> Mutation:
+    return Mutation(what, "ops/linear_cuda", "*rounds as its sums do*", "ops/linear_cuda.cuh", old, new)
+
+
 UPDATE, APPLY, TILES = "detail/ttt_mma_update.cuh", "detail/ttt_mma_apply.cuh", "detail/mma_tiles.cuh"
 NEXT_STAGE = "    cp_async_wait<0>();\n    __syncthreads();\n    if (step + 1 < steps) load_stage(step + 1);\n"
 MUTATIONS = [
@@ -64,8 +88,43 @@ MUTATIONS = [
     ttt("ttt apply: outputs leave without __syncwarp", APPLY,
         "    __syncwarp();\n#pragma unroll\n    for (int i = mma_lane()", "#pragma unroll\n    for (int i = mma_lane()"),
     ttt("ttt apply: tokens beyond the last are written", APPLY, "if (token + t < end && 8 * chunk < d)", "if (8 * chunk < d)"),
-    Mutation("token statistics: no barrier before the warps are joined", "ops/instance_norm_cuda", "*follows its formula*",
-             "detail/token_stats.cuh", "  __syncthreads();\n", ""),
+    plain_softmax("plain softmax: no barrier before the tiles change", "      const int count = p.head_dim - channel;\n      __syncthreads();\n",
+                  "      const int count = p.head_dim - channel;\n"),
+    plain_softmax("plain softmax: no barrier before the values are read",
+                  "                                    keys - key, values);\n      __syncthreads();\n",
+                  "                                    keys - key, values);\n"),
+    plain_softmax("plain softmax: queries beyond the last are written", "    if (query >= p.queries) continue;\n", ""),
+    plain_ttt("plain ttt: no barrier behind the keys and values",
+              "      }\n    });\n    __syncthreads();\n\n    // Forward.", "      }\n    });\n\n    // Forward."),
+    plain_ttt("plain ttt: no barrier between two matrices", "      });\n      __syncthreads();\n      e = derivative(i, 0);",
+              "      });\n      e = derivative(i, 0);"),
+    plain_ttt("plain ttt: each tile's gradients replace the last ones", "is_first = first == begin;", "is_first = true;"),
+    plain_ttt("plain ttt: outputs beyond the last are written", "t < min(to, count); ++t)", "t < to; ++t)"),
+    Mutation("ttt step: no barrier before the columns' squares are joined", "ops/ttt_cuda", "a column whose squares*", "ops/ttt_cuda.cuh",
+             "= squares;\n    __syncthreads();\n", "= squares;\n"),
+    Mutation("ttt step: the last split is left out", "ops/ttt_cuda", "many splits<float>", "ops/ttt_cuda.cuh",
+             "split < p.splits; ++split", "split < p.splits - 1; ++split"),
+    statistics("token statistics: no barrier before the warps are joined", "*follows its formula*", "  __syncthreads();\n", ""),
+    statistics("token statistics: a mean of one float", "*large common offset*", "to[chunks] = all.delta;", "to[chunks] = 0.0f;"),
+    statistics("token statistics: means compared by one float", "*large common offset*",
+               "(b.shift - a.shift) + (b.delta - a.delta)", "b.shift - a.shift"),
+    statistics("token statistics: a chunk takes a token of the next", "*follows its formula*",
+               "end = min(begin + p.chunk, p.tokens);", "end = min(begin + p.chunk + 1, p.tokens);"),
+    rms_norm("rms_norm: lanes leave before the sum", "    for (int apart = p.lanes / 2;",
+             "    if (row >= p.rows) continue;\n    for (int apart = p.lanes / 2;"),
+    rms_norm("rms_norm: the sum of every other lane", "int apart = p.lanes / 2; apart > 0;", "int apart = p.lanes / 2; apart > 1;"),
+    rms_norm("rms_norm: rows beyond the last are written", "if (row >= p.rows || first >= p.head_dim) continue;",
+             "if (first >= p.head_dim) continue;"),
+    conv("depthwise_conv: bands overlap", "min(first + conv_band, p.height) - 1", "min(first + conv_band + 1, p.height) - 1"),
+    conv("depthwise_conv: columns beyond the last are written", "if (!inside || column >= p.width) return;", "if (!inside) return;"),
+    conv("depthwise_conv: the last column is the first one's neighbour", "at >= 0 && at < width", "at >= -1 && at < width"),
+    conv("depthwise_conv: text takes the place of the grid's tokens", "i < p.grid_begin ? i : i + p.on_grid", "i"),
+    linear("linear: no barrier before the tiles are read", "    __syncthreads();\n    // Each stretch", "    // Each stretch"),
+    linear("linear: no barrier before the tiles change", "sums[i][j] += part[i][j];\n    __syncthreads();\n",
+           "sums[i][j] += part[i][j];\n"),
+    linear("linear: rows beyond the last are written", "if (row >= p.rows || output >= p.outputs)", "if (output >= p.outputs)"),
+    linear("linear: rows beyond the last are read", "row < rows && column < columns ? widen", "column < columns ? widen"),
+    linear("linear: the last of a stretch is left out", "k < linear_depth; ++k", "k < linear_depth - 1; ++k"),
 ]
 
 
