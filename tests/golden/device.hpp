@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "../cublas_lt.hpp"
 #include "../device.hpp"
 #include "ttt.hpp"
 
@@ -53,7 +54,7 @@ class Device {
 
   template <class Bytes, class Op>
   void run(const Bytes& bytes, const Op& op) const {
-    const Cuda ctx{.cublas_lt = handle()};
+    const Cuda ctx{.cublas_lt = support::cublas_lt()};
     const support::DeviceScratch scratch(bytes(ctx));
     require(op(ctx.with(scratch.workspace())));
     for (const auto& download : results_) download();
@@ -65,14 +66,6 @@ class Device {
   [[nodiscard]] std::shared_ptr<support::OnDevice<T, R>> mirror(const Buffer<T, R>& buffer) {
     const auto made = std::make_shared<support::OnDevice<T, R>>(buffer);
     mirrors_.push_back(made);
-    return made;
-  }
-  [[nodiscard]] static cublasLtHandle_t handle() {
-    static const cublasLtHandle_t made = [] {
-      cublasLtHandle_t h = nullptr;
-      if (cublasLtCreate(&h) != CUBLAS_STATUS_SUCCESS) throw std::runtime_error("cublasLtCreate failed");
-      return h;
-    }();
     return made;
   }
 

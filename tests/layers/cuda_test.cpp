@@ -7,6 +7,7 @@
 #include <linattn/ops/softmax_attention_cuda.cuh>
 #include <linattn/ops/ttt_cuda.cuh>
 
+#include "../cublas_lt.hpp"
 #include "../device.hpp"
 #include "layer_cases.hpp"
 
@@ -14,15 +15,6 @@ using namespace layer_cases;
 using namespace support;
 
 namespace {
-
-cublasLtHandle_t handle() {
-  static const cublasLtHandle_t made = [] {
-    cublasLtHandle_t h = nullptr;
-    if (cublasLtCreate(&h) != CUBLAS_STATUS_SUCCESS) throw std::runtime_error("cublasLtCreate failed");
-    return h;
-  }();
-  return made;
-}
 
 template <class T, int R, std::size_t N>
 std::vector<OnDevice<T, R>> on_device(const std::array<Buffer<T, R>, N>& hosts) {
@@ -183,7 +175,7 @@ Outputs<T> run(const Case& one, const Buffer<T, 3>& x, const Buffer<T, 3>& conte
                         x_weights.views(),
                         context_weights.views(),
                         ttt.views(x_weights.views())};
-  const Cuda ctx{.cublas_lt = handle()};
+  const Cuda ctx{.cublas_lt = cublas_lt()};
   const DeviceScratch scratch(Form::bytes(ctx, one.shape, call));
   check_ok(Form::run(ctx.with(scratch.workspace()), one.shape, call));
   x_out.download(out.x);
@@ -257,7 +249,7 @@ TEST_CASE("layers on Cuda say what they miss") {
   const OnDevice<half, 3> device_x(x), out(x);
   const DeviceWeights<half> weights(host);
   const SoftmaxLayerOptions options{.heads = s.heads};
-  const Cuda query{.cublas_lt = handle()};
+  const Cuda query{.cublas_lt = cublas_lt()};
   const std::size_t bytes =
       softmax_attention_layer_workspace(query, device_x.view(), weights.views(), out.view(), options);
   const DeviceScratch scratch(bytes);

@@ -3,21 +3,15 @@
 #include <cstring>
 
 #include "../device.hpp"
-#include "../reference/depthwise_conv.hpp"
-#include "../support.hpp"
+#include "depthwise_conv_problem.hpp"
 #if __has_include("emu.hpp")
 #include "emu.hpp"
 #endif
 
-using namespace linattn;
-using namespace support;
+using namespace depthwise_conv_cases;
 
 namespace {
 
-struct Case {
-  std::array<Index, 4> shape;
-  TokenGrid grid;
-};
 const std::vector<Case> cases = {
     {{1, 1, 1, 1}, {0, 1, 1}},      {{2, 35, 2, 16}, {0, 7, 5}},  {{1, 64, 3, 5}, {0, 8, 8}},
     {{2, 13, 1, 72}, {4, 3, 2}},    {{1, 12, 2, 24}, {0, 12, 1}}, {{1, 12, 2, 24}, {0, 1, 12}},
@@ -34,21 +28,6 @@ void run(const Buffer<T, 4>& x, const Buffer<W, 4>& weight, const Buffer<B, 1>& 
   check_ok(depthwise_conv(Cuda{}, from.view(), kernel.view(), offset.view(), to.view(), options));
   to.download(out);
   CHECK(out.intact());
-}
-
-// The sum of magnitudes that an output adds up, in L2: what the error is relative to.
-double terms(const Buffer<double, 4>& x, const Buffer<double, 4>& weight, const Buffer<double, 1>& bias,
-             const TokenGrid& grid) {
-  const auto magnitude = [](const auto& from) {
-    auto out = to_double(from);
-    for_each_index(out.view().extents,
-                   [&](const auto& i) { element(out.view(), i) = std::abs(element(out.view(), i)); });
-    return out;
-  };
-  Buffer<double, 4> sums(x.view().extents);
-  reference::depthwise_conv(magnitude(x).view(), magnitude(weight).view(), magnitude(bias).view(), sums, grid,
-                            true);
-  return difference(sums, sums).norm;
 }
 
 template <class T, class W, class B>

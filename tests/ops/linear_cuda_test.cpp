@@ -1,5 +1,6 @@
 #include <linattn/ops/linear_cuda.cuh>
 
+#include "../cublas_lt.hpp"
 #include "../device.hpp"
 #include "../reference/linear.hpp"
 #include "../support.hpp"
@@ -11,15 +12,6 @@ using namespace linattn;
 using namespace support;
 
 namespace {
-
-cublasLtHandle_t handle() {
-  static const cublasLtHandle_t made = [] {
-    cublasLtHandle_t h = nullptr;
-    if (cublasLtCreate(&h) != CUBLAS_STATUS_SUCCESS) throw std::runtime_error("cublasLtCreate failed");
-    return h;
-  }();
-  return made;
-}
 
 // Rows that lie apart: a gap behind each row and each sample.
 template <class T>
@@ -42,7 +34,7 @@ class Runner {
     const OnDevice<B, 1> offset(bias);
     CHECK(linear_workspace(Cuda{}, from.view(), matrix.view(), offset.view(), to.view()) ==
           (fast ? bytes : 0));
-    const Cuda ctx = fast ? Cuda{.workspace = scratch_.workspace(), .cublas_lt = handle()} : Cuda{};
+    const Cuda ctx = fast ? Cuda{.workspace = scratch_.workspace(), .cublas_lt = cublas_lt()} : Cuda{};
     check_ok(linear(ctx, from.view(), matrix.view(), offset.view(), to.view()));
     to.download(out);
     CHECK(out.intact());
@@ -160,7 +152,7 @@ TEST_CASE("linear on Cuda takes lists of rows, and samples of one row") {
   const OnDevice<half, 2> from(x), to(out), matrix(weight);
   const OnDevice<half, 1> offset(bias);
   const Runner runner;
-  const Cuda ctx{.workspace = runner.workspace(), .cublas_lt = handle()};
+  const Cuda ctx{.workspace = runner.workspace(), .cublas_lt = cublas_lt()};
   check_ok(linear(ctx, from.view(), matrix.view(), offset.view(), to.view()));
   to.download(out);
   Buffer<half, 3> single({40, 1, 24}), answers({40, 1, 16});
@@ -181,7 +173,7 @@ TEST_CASE("linear on Cuda refuses what it cannot do") {
   const TensorView<float, 2> weight = device_weight.view();
   const TensorView<float, 1> bias = device_bias.view();
   const Runner runner;
-  const Cuda ctx{.workspace = runner.workspace(), .cublas_lt = handle()};
+  const Cuda ctx{.workspace = runner.workspace(), .cublas_lt = cublas_lt()};
   const auto code = [&](const TensorView<const float, 3>& in, const TensorView<float, 2>& matrix,
                         const TensorView<float, 1>& offset, const TensorView<float, 3>& out) {
     return linear(ctx, in, matrix, offset, out).code;

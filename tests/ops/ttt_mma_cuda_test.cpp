@@ -11,40 +11,14 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "../device.hpp"
-#include "../reference/depthwise_conv.hpp"
-#include "../reference/instance_norm.hpp"
-#include "../reference/ttt.hpp"
-#include "../support.hpp"
+#include "ttt_problem.hpp"
 
 namespace {
 
-using namespace linattn;
-using namespace support;
-
-template <class M, class L>
-struct Variant {
-  using Model = M;
-  using Loss = L;
-  static constexpr reference::InnerModel model = std::is_same_v<M, Linear> ? reference::InnerModel::linear
-                                                 : std::is_same_v<M, Mlp>  ? reference::InnerModel::mlp
-                                                 : std::is_same_v<M, Glu>  ? reference::InnerModel::glu
-                                                                           : reference::InnerModel::swiglu;
-  static constexpr reference::InnerLoss loss = std::is_same_v<L, InnerProduct>
-                                                   ? reference::InnerLoss::inner_product
-                                                   : reference::InnerLoss::squared_error;
-};
-using SwiGluIp = Variant<SwiGlu, InnerProduct>;
-using MlpIp = Variant<Mlp, InnerProduct>;
-using LinearIp = Variant<Linear, InnerProduct>;
-using GluIp = Variant<Glu, InnerProduct>;
-using SwiGluL2 = Variant<SwiGlu, SquaredError>;
-using MlpL2 = Variant<Mlp, SquaredError>;
-using LinearL2 = Variant<Linear, SquaredError>;
-using GluL2 = Variant<Glu, SquaredError>;
+using namespace ttt_cases;
 
 struct Case {
   Index batch = 1, tokens = 64, heads = 1, head_dim = 64;
@@ -60,7 +34,7 @@ struct Case {
 // Weights, tokens and prologue of one case, on the host and on the device.
 template <class V, class T, class W = T>
 struct Problem {
-  static constexpr int count = detail::matrices<typename V::Model>;
+  static constexpr int count = static_cast<int>(V::matrices);
 
   Case c;
   Buffer<T, 4> x, y;                   // k and v, or q and out
@@ -157,7 +131,7 @@ struct Problem {
     Buffer<float, 3> partials({splits, groups, size});
     OnDevice<float, 3> device_partials(partials);
     REQUIRE(detail::ttt_mma_fits(x.view(), y.view()));
-    check_ok(detail::ttt_mma_update<typename V::Model, typename V::Loss, T, W>(
+    check_ok(detail::ttt_mma_update<typename V::model, typename V::loss, T, W>(
         Cuda{}, device_x, device_y, weights, c.norm ? &token_stats : nullptr, splits, c.split_tokens,
         device_partials.view().data, options));
     device_partials.download(partials);
@@ -173,8 +147,8 @@ struct Problem {
       from[i] = reference::for_each_batch(exact[i].view(), c.batch);
       to[i] = expected[i].view();
     }
-    reference::ttt_gradients(V::model, V::loss, prepared(c.norm).view(), to_double(y).view(), from,
-                             static_cast<double>(c.tokens), to);
+    reference::ttt_gradients(V::reference_model, V::reference_loss, prepared(c.norm).view(),
+                             to_double(y).view(), from, static_cast<double>(c.tokens), to);
     for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
       Buffer<double, 4> sums({c.batch, c.heads, d, d});
       for_each_index(sums.view().extents, [&](const auto& index) {
@@ -208,11 +182,11 @@ struct Problem {
 
     REQUIRE(detail::ttt_mma_fits(x.view(), y.view()));
     check_ok(
-        detail::ttt_mma_apply<typename V::Model, T, W>(Cuda{}, device_x, weights, device_y.view(), options));
+        detail::ttt_mma_apply<typename V::model, T, W>(Cuda{}, device_x, weights, device_y.view(), options));
     device_y.download(y);
     CHECK(y.intact());
     Buffer<double, 4> expected(c.shape());
-    reference::ttt_apply(V::model, prepared(false).view(), from, expected.view());
+    reference::ttt_apply(V::reference_model, prepared(false).view(), from, expected.view());
     check_rounding<T>(y, expected, 2.0);
   }
 };
