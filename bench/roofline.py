@@ -109,7 +109,7 @@ def statistics(n: int) -> list[Work]:
 def ttt_split(n: int, conv: bool) -> tuple[int, int]:
     """Blocks of the update and of the answers, and the tokens that they read around their own (ttt_mma_split_tokens)."""
     halo = SIZES[n] + 1 if conv else 0
-    splits = min(256 // SETS, n // max(512, 12 * halo))
+    splits = min(256 // SETS, n // max(512, 17 * halo - 256))
     return splits * SETS, (splits - 1) * 2 * halo * SETS
 
 

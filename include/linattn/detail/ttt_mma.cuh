@@ -50,12 +50,14 @@ template <class W>
 }
 
 // Tokens of a block, from the shapes alone. Some 256 blocks, of which most GPUs hold all at once; but not less than
-// 512 tokens each, that its weights and gradients weigh little, nor than 12 times its reach, that its halo on either
-// side does: it is at most a sixth of the reads of k or q, 5 % of the bytes of ttt.
+// 512 tokens each, that its weights and gradients weigh little, nor so few that its halo is more than 5 % of the bytes
+// of ttt. In rows of 64 channels a block moves 5 tokens and 1344 for its three matrices (14 bytes an element), and the
+// halo, `reach` tokens on either side of k and of q, is 4 reach: 4.7 % with 17 reach - 256 tokens.
 template <class W>
 [[nodiscard]] Index ttt_mma_split_tokens(Index groups, Index tokens, const TensorView<const W, 4>& conv,
                                          const TokenGrid& grid) {
-  const Index most = std::min(256 / groups, tokens / std::max<Index>(512, 12 * ttt_mma_reach(conv, grid)));
+  const Index most =
+      std::min(256 / groups, tokens / std::max<Index>(512, 17 * ttt_mma_reach(conv, grid) - 256));
   return ceil_div(ceil_div(tokens, std::max<Index>(most, 1)), ttt_mma_tile) * ttt_mma_tile;
 }
 
