@@ -86,7 +86,7 @@ MUTATIONS = [
     ttt("ttt apply: outputs replace queries without __syncwarp", APPLY,
         "    __syncwarp();\n#pragma unroll\n    for (int j = 0; j < steps; ++j)\n", "#pragma unroll\n    for (int j = 0; j < steps; ++j)\n"),
     ttt("ttt apply: outputs leave without __syncwarp", APPLY,
-        "    __syncwarp();\n#pragma unroll\n    for (int i = mma_lane()", "#pragma unroll\n    for (int i = mma_lane()"),
+        "    __syncwarp();\n#pragma unroll\n    for (int i = 0; i < 16 * row", "#pragma unroll\n    for (int i = 0; i < 16 * row"),
     ttt("ttt apply: tokens beyond the last are written", APPLY, "if (token + t < end && 8 * chunk < d)", "if (8 * chunk < d)"),
     plain_softmax("plain softmax: no barrier before the tiles change", "      const int count = p.head_dim - channel;\n      __syncthreads();\n",
                   "      const int count = p.head_dim - channel;\n"),

@@ -73,7 +73,9 @@ TEST_CASE("ttt reads and writes little more than it must, in whole sectors and w
     bool conv;
     double splits;  // of the tokens
   };
-  for (const auto [side, conv, splits] : {Case{64, false, 8}, Case{64, true, 5}, Case{128, true, 4}}) {
+  for (const Case& c : {Case{64, false, 8}, Case{64, true, 5}, Case{128, true, 4}}) {
+    const Index side = c.side;
+    const bool conv = c.conv;
     CAPTURE(side);
     CAPTURE(conv);
     const Head head(side, conv);
@@ -88,7 +90,7 @@ TEST_CASE("ttt reads and writes little more than it must, in whole sectors and w
     // and read and the fast weights read; the step's weights; the statistics of each chunk written and read.
     const Index tokens = 64 * side + prompt;
     const double matrix = matrices * d * d;
-    const double least = 5.0 * static_cast<double>(tokens) * d * 2 + splits * matrix * (2 + 2 * 4 + 4) +
+    const double least = 5.0 * static_cast<double>(tokens) * d * 2 + c.splits * matrix * (2 + 2 * 4 + 4) +
                          matrix * (2 + 4) +
                          2.0 * static_cast<double>(detail::stats_chunks(tokens)) * 3 * d * 4;
     MESSAGE("bytes over the least: ", (loaded + stored) / least);

@@ -163,7 +163,7 @@ struct JoinChunksShared {
 };
 
 // A block for each batch and channel, a thread for each chunk: stats_chunk makes them at most 32.
-static __global__ void __launch_bounds__(warp_size) join_chunks_kernel(JoinChunksParams p) {
+[[maybe_unused]] static __global__ void __launch_bounds__(warp_size) join_chunks_kernel(JoinChunksParams p) {
   const Index place = blockIdx.x;
   const int k = static_cast<int>(threadIdx.x);
   CountedMoments own{};

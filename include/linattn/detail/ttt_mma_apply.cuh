@@ -118,8 +118,8 @@ static __global__ void __launch_bounds__(128, Model::chained == 0 ? 2 : 3)
       store_operand(shared.queries, row, 8 * j, to_operand<T>(y[2 * j], y[2 * j + 1]));
     __syncwarp();
 #pragma unroll
-    for (int i = mma_lane(); i < 16 * row_chunks; i += warp_size) {
-      const int t = row + i / row_chunks, chunk = i % row_chunks;
+    for (int i = 0; i < 16 * row_chunks / warp_size; ++i) {
+      const int at = i * warp_size + mma_lane(), t = row + at / row_chunks, chunk = at % row_chunks;
       if (token + t < end && 8 * chunk < d)
         store(out + (token + t) * p.out.token + 8 * chunk, load<uint4>(shared.queries.chunk(t, chunk)));
     }
