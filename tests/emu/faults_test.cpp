@@ -106,7 +106,10 @@ void product_kernel(Product p) {
     if constexpr (bug != Bug::early_prefetch) __syncthreads();
     if constexpr (bug == Bug::early_prefetch) __syncwarp();
   }
-  if constexpr (bug == Bug::beyond_shared) shared.y[1][15][columns] = 0.0f;  // NOLINT: on purpose
+  if constexpr (bug == Bug::beyond_shared) {
+    int behind = columns;  // no constant, which a compiler would object to
+    shared.y[1][15][behind] = 0.0f;
+  }
 }
 
 constexpr std::array schedules = {Schedule::in_order, Schedule::reverse, Schedule::random, Schedule::skew};
