@@ -1,6 +1,6 @@
-// What ttt on tensor cores asks of memory, as the emulator counts it: a head of SD3.5 Medium at 1024 x 1024 pixels, a
-// grid of 64 x 64 tokens and 333 of text, and the upper half of one at 2048 x 2048, whose rows are the longest that are
-// kept in shared memory. On a device the counts are not to be had, and the results alone are checked.
+// What ttt asks of memory, as the emulator counts it: a head of SD3.5 Medium at 1024 x 1024 pixels, a grid of 64 x 64
+// tokens and 333 of text, and the upper half of one at 2048 x 2048, whose rows are the longest that are kept in shared
+// memory. On a device the counts are not to be had, and the results alone are checked.
 #include <linattn/ops/ttt_cuda.cuh>
 
 #include <array>
@@ -16,11 +16,11 @@ namespace {
 
 using namespace linattn;
 using namespace support;
-using T = bfloat16;
 
 constexpr Index prompt = 333, d = 64, matrices = 3;
 
 // The op on inputs of its own, twice if asked.
+template <class T>
 class Head {
  public:
   Head(Index side, bool conv) : conv_(conv), side_(side) {
@@ -78,7 +78,7 @@ TEST_CASE("ttt reads and writes little more than it must, in whole sectors and w
     const bool conv = c.conv;
     CAPTURE(side);
     CAPTURE(conv);
-    const Head head(side, conv);
+    const Head<bfloat16> head(side, conv);
 #if !defined(__CUDACC__)
     if (!emu::checked()) continue;
     const emu::Count count;
@@ -117,3 +117,21 @@ TEST_CASE("ttt reads and writes little more than it must, in whole sectors and w
 #endif
   }
 }
+
+#if !defined(__CUDACC__)
+TEST_CASE("ttt without tensor cores moves whole sectors, without bank conflicts") {
+  if (!emu::checked()) return;
+  const Head<float> head(4, true);
+  const emu::Count count;
+  (void)head.run([](const auto& launch) { launch(); });
+  CHECK(count.worst(emu::Kind::shared_load, "ttt_plain.cuh") == 1.0);
+  CHECK(count.worst(emu::Kind::shared_store, "ttt_plain.cuh") == 1.0);
+  const auto all = static_cast<double>(count.global_bytes_loaded() + count.global_bytes_stored());
+  for (const emu::Line& line : count.lines())
+    if (line.kind == emu::Kind::global_load || line.kind == emu::Kind::global_store) {
+      CAPTURE(line.where);
+      // Not the nine taps of a channel, which come from the cache.
+      if (static_cast<double>(line.bytes) > 0.02 * all) CHECK(line.ratio() == 1.0);
+    }
+}
+#endif
