@@ -127,7 +127,7 @@ std::uint64_t Count::global_bytes_stored() const { return sum_of(Kind::global_st
 
 double Count::ratio(Kind kind) const { return sum_of(kind).ratio(); }
 double Count::worst(Kind kind, const std::string& file) const {
-  double worst = 1.0;
+  double worst = 0.0;
   for (const Line& line : lines())
     if (line.kind == kind && line.where.substr(0, line.where.rfind(':')).ends_with(file))
       worst = std::max(worst, line.ratio());

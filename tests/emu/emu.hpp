@@ -90,7 +90,7 @@ class Count {
   // Bytes that threads asked for, whatever the caches would have kept.
   [[nodiscard]] std::uint64_t global_bytes_loaded() const;
   [[nodiscard]] std::uint64_t global_bytes_stored() const;
-  // Transactions over their minimum: of all lines, and of the worst line whose file ends with `file`.
+  // Transactions over their minimum: of all lines, and of the worst line whose file ends with `file`; 0: there is none.
   [[nodiscard]] double ratio(Kind kind) const;
   [[nodiscard]] double worst(Kind kind, const std::string& file = "") const;
   // The worst of both kinds of shared memory: 1 where no access conflicts with another.
