@@ -2,7 +2,7 @@
 // reduction are compiled by g++ or clang++ with tests/emu/include first in the path, and run with every thread of a
 // block as a fiber. What it finds and what it does not model is in docs/emulation.md.
 //
-//   checked    g++ -std=c++20 -O1 -g -fno-strict-aliasing -fsanitize=thread -Itests/emu/include -Iinclude -c X_test.cpp
+//   checked    g++ -std=c++20 -O1 -gdwarf-4 -fno-strict-aliasing -fsanitize=thread -Itests/emu/include -Iinclude -c X_test.cpp
 //              (the link goes without -fsanitize=thread: the engine supplies the callbacks)
 //   sanitized  the same and the engine with -fsanitize=address,undefined instead
 //   engine     g++ -std=c++20 -O2 -Itests/emu/include -Iinclude -c tests/emu/*.cpp; link with -lboost_context
