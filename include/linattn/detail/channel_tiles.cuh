@@ -22,15 +22,15 @@ inline constexpr int tile_threads = tile_columns * tile_rows;
 // Channels of one thread. Four need rows that start at 16 bytes: then a warp's access is two spans of 128 bytes, or of
 // 256 with float. One is for all other views.
 inline constexpr int quad = 4, single = 1;
-template <class T, class U>
-[[nodiscard]] bool takes_quads(const TensorView<T, 4>& x, const TensorView<U, 4>& out) {
-  return has_aligned_rows(x) && has_aligned_rows(out) && x.extent(3) % quad == 0;
+template <class T>
+[[nodiscard]] bool takes_quads(const TensorView<T, 4>& v) {
+  return has_aligned_rows(v) && v.extent(3) % quad == 0;
 }
 
 // f(std::integral_constant<int, Width>) for the Width that the views take.
 template <class T, class U, class F>
 [[nodiscard]] Status with_width(const TensorView<T, 4>& x, const TensorView<U, 4>& out, const F& f) {
-  return takes_quads(x, out) ? f(std::integral_constant<int, quad>{})
+  return takes_quads(x) && takes_quads(out) ? f(std::integral_constant<int, quad>{})
                              : f(std::integral_constant<int, single>{});
 }
 

@@ -50,7 +50,7 @@ template <class T>
       .value_dim = static_cast<int>(v.extent(3)),
       .diagonal = options.causal ? keys - queries : keys - 1,
       .scale = static_cast<float>(options.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.extent(3))))),
-      .quads = has_aligned_rows(out) && out.extent(3) % quad == 0};
+      .quads = takes_quads(out)};
   if (!options.bias.empty())
     p.bias = {options.bias.data, options.bias.stride(0), options.bias.stride(2), options.bias.stride(1)};
   if (!options.lse.empty())
