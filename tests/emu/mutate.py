@@ -33,39 +33,22 @@ class Mutation:
     new: str
 
 
-def flash(what: str, old: str, new: str, header: str = "detail/flash_mma.cuh") -> Mutation:
-    return Mutation(what, "ops/softmax_attention_cuda", "*causal mask*,*tensor cores q*", header, old, new)
+def of(test: str, cases: str, header: str):
+    """Makes mutations of one kernel, unless they name another header or other cases of its test."""
+    return lambda what, old, new, header=header, cases=cases: Mutation(what, test, cases, header, old, new)
 
 
-def ttt(what: str, header: str, old: str, new: str) -> Mutation:
-    return Mutation(what, "ops/ttt_mma_cuda", "tails*", header, old, new)
+flash = of("ops/softmax_attention_cuda", "*causal mask*,*tensor cores q*", "detail/flash_mma.cuh")
+update = of("ops/ttt_mma_cuda", "tails*", "detail/ttt_mma_update.cuh")
+apply = of("ops/ttt_mma_cuda", "tails*", "detail/ttt_mma_apply.cuh")
+plain_softmax = of("ops/softmax_attention_cuda", "*for every length<float>", "detail/softmax_plain.cuh")
+plain_ttt = of("ops/ttt_cuda", "*for other sizes*", "detail/ttt_plain.cuh")
+step = of("ops/ttt_cuda", "many splits<float>", "ops/ttt_cuda.cuh")
+statistics = of("ops/instance_norm_cuda", "*follows its formula*", "detail/token_stats.cuh")
+rms_norm = of("ops/rms_norm_cuda", "*follows its formula*", "ops/rms_norm_cuda.cuh")
+conv = of("ops/depthwise_conv_cuda", "*follows its formula: float", "ops/depthwise_conv_cuda.cuh")
+linear = of("ops/linear_cuda", "*rounds as its sums do*", "ops/linear_cuda.cuh")
 
-
-def plain_softmax(what: str, old: str, new: str) -> Mutation:
-    return Mutation(what, "ops/softmax_attention_cuda", "*for every length<float>", "detail/softmax_plain.cuh", old, new)
-
-
-def plain_ttt(what: str, old: str, new: str) -> Mutation:
-    return Mutation(what, "ops/ttt_cuda", "*for other sizes*", "detail/ttt_plain.cuh", old, new)
-
-
-def statistics(what: str, cases: str, old: str, new: str) -> Mutation:
-    return Mutation(what, "ops/instance_norm_cuda", cases, "detail/token_stats.cuh", old, new)
-
-
-def rms_norm(what: str, old: str, new: str) -> Mutation:
-    return Mutation(what, "ops/rms_norm_cuda", "*follows its formula*", "ops/rms_norm_cuda.cuh", old, new)
-
-
-def conv(what: str, old: str, new: str) -> Mutation:
-    return Mutation(what, "ops/depthwise_conv_cuda", "*follows its formula: float", "ops/depthwise_conv_cuda.cuh", old, new)
-
-
-def linear(what: str, old: str, new: str) -> Mutation:
-    return Mutation(what, "ops/linear_cuda", "*rounds as its sums do*", "ops/linear_cuda.cuh", old, new)
-
-
-UPDATE, APPLY, TILES = "detail/ttt_mma_update.cuh", "detail/ttt_mma_apply.cuh", "detail/mma_tiles.cuh"
 NEXT_STAGE = "    cp_async_wait<0>();\n    __syncthreads();\n    if (step + 1 < steps) load_stage(step + 1);\n"
 MUTATIONS = [
     flash("softmax: no barrier before the queries are read", "  cp_async_wait<1>();\n  __syncthreads();\n", "  cp_async_wait<1>();\n"),
@@ -77,17 +60,17 @@ MUTATIONS = [
     flash("softmax: tokens beyond the last are fetched", "valid ? at : from, valid)", "at)"),
     flash("softmax: queries beyond the last are written", "if (query < p.queries && 8 * chunk", "if (8 * chunk"),
     flash("softmax: the blocks of V in the order of K", "row + keys + lane / 8 % 2 * 8, lane / 16)", "row + keys + lane / 16 * 8, lane / 8 % 2)"),
-    flash("softmax: rows are not permuted", "(chunk ^ permutation)", "(chunk + 0 * permutation)", TILES),
-    ttt("ttt update: no barrier behind the normalised keys", UPDATE,
+    flash("softmax: rows are not permuted", "(chunk ^ permutation)", "(chunk + 0 * permutation)", header="detail/mma_tiles.cuh"),
+    update("ttt update: no barrier behind the normalised keys",
         "    keys.prepare(shared.keys, token);\n    __syncthreads();\n", "    keys.prepare(shared.keys, token);\n"),
-    ttt("ttt update: no wait for keys and values", UPDATE, "    cp_async_wait<0>();\n    __syncthreads();\n    keys", "    __syncthreads();\n    keys"),
-    ttt("ttt update: one buffer of values for two", UPDATE, "shared.values[n % 2].chunk(row, chunk)", "shared.values[0].chunk(row, chunk)"),
-    ttt("ttt update: all heads write one partial sum", UPDATE, "p.partials + blockIdx.x *", "p.partials + split *"),
-    ttt("ttt apply: outputs replace queries without __syncwarp", APPLY,
+    update("ttt update: no wait for keys and values", "    cp_async_wait<0>();\n    __syncthreads();\n    keys", "    __syncthreads();\n    keys"),
+    update("ttt update: one buffer of values for two", "shared.values[n % 2].chunk(row, chunk)", "shared.values[0].chunk(row, chunk)"),
+    update("ttt update: all heads write one partial sum", "p.partials + blockIdx.x *", "p.partials + split *"),
+    apply("ttt apply: outputs replace queries without __syncwarp",
         "    __syncwarp();\n#pragma unroll\n    for (int j = 0; j < steps; ++j)\n", "#pragma unroll\n    for (int j = 0; j < steps; ++j)\n"),
-    ttt("ttt apply: outputs leave without __syncwarp", APPLY,
+    apply("ttt apply: outputs leave without __syncwarp",
         "    __syncwarp();\n#pragma unroll\n    for (int i = 0; i < 16 * row", "#pragma unroll\n    for (int i = 0; i < 16 * row"),
-    ttt("ttt apply: tokens beyond the last are written", APPLY, "if (token + t < end && 8 * chunk < d)", "if (8 * chunk < d)"),
+    apply("ttt apply: tokens beyond the last are written", "if (token + t < end && 8 * chunk < d)", "if (8 * chunk < d)"),
     plain_softmax("plain softmax: no barrier before the tiles change", "      const int count = p.head_dim - channel;\n      __syncthreads();\n",
                   "      const int count = p.head_dim - channel;\n"),
     plain_softmax("plain softmax: no barrier before the values are read",
@@ -100,15 +83,14 @@ MUTATIONS = [
               "      });\n      e = derivative(i, 0);"),
     plain_ttt("plain ttt: each tile's gradients replace the last ones", "is_first = first == begin;", "is_first = true;"),
     plain_ttt("plain ttt: outputs beyond the last are written", "t < min(to, count); ++t)", "t < to; ++t)"),
-    Mutation("ttt step: no barrier before the columns' squares are joined", "ops/ttt_cuda", "a column whose squares*", "ops/ttt_cuda.cuh",
-             "= squares;\n    __syncthreads();\n", "= squares;\n"),
-    Mutation("ttt step: the last split is left out", "ops/ttt_cuda", "many splits<float>", "ops/ttt_cuda.cuh",
-             "split < p.splits; ++split", "split < p.splits - 1; ++split"),
-    statistics("token statistics: no barrier before the warps are joined", "*follows its formula*", "  __syncthreads();\n", ""),
-    statistics("token statistics: a mean of one float", "*large common offset*", "to[chunks] = all.delta;", "to[chunks] = 0.0f;"),
-    statistics("token statistics: means compared by one float", "*large common offset*",
-               "(b.shift - a.shift) + (b.delta - a.delta)", "b.shift - a.shift"),
-    statistics("token statistics: a chunk takes a token of the next", "*follows its formula*",
+    step("ttt step: no barrier before the columns' squares are joined", "= squares;\n    __syncthreads();\n", "= squares;\n",
+         cases="a column whose squares*"),
+    step("ttt step: the last split is left out", "split < p.splits; ++split", "split < p.splits - 1; ++split"),
+    statistics("token statistics: no barrier before the warps are joined", "  __syncthreads();\n", ""),
+    statistics("token statistics: a mean of one float", "to[chunks] = all.delta;", "to[chunks] = 0.0f;", cases="*large common offset*"),
+    statistics("token statistics: means compared by one float", "(b.shift - a.shift) + (b.delta - a.delta)", "b.shift - a.shift",
+               cases="*large common offset*"),
+    statistics("token statistics: a chunk takes a token of the next",
                "end = min(begin + p.chunk, p.tokens);", "end = min(begin + p.chunk + 1, p.tokens);"),
     rms_norm("rms_norm: lanes leave before the sum", "    for (int apart = p.lanes / 2;",
              "    if (row >= p.rows) continue;\n    for (int apart = p.lanes / 2;"),
