@@ -73,7 +73,7 @@ struct Line {
   Kind kind = Kind::global_load;
   std::uint64_t requests = 0, transactions = 0, minimum = 0, bytes = 0;
   [[nodiscard]] double ratio() const {
-    return minimum == 0 ? 1.0 : static_cast<double>(transactions) / static_cast<double>(minimum);
+    return minimum == 0 ? 0.0 : static_cast<double>(transactions) / static_cast<double>(minimum);
   }
 };
 
