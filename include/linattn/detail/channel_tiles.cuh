@@ -31,7 +31,7 @@ template <class T>
 template <class T, class U, class F>
 [[nodiscard]] Status with_width(const TensorView<T, 4>& x, const TensorView<U, 4>& out, const F& f) {
   return takes_quads(x) && takes_quads(out) ? f(std::integral_constant<int, quad>{})
-                             : f(std::integral_constant<int, single>{});
+                                            : f(std::integral_constant<int, single>{});
 }
 
 // Tokens of a sample: a kernel's ints may hold twice as many.
