@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -15,11 +14,11 @@
 #include <CLI/CLI.hpp>
 #include <linattn/weights/inherit.hpp>
 
+#include "nn/signals.hpp"
+
 namespace {
 
-volatile std::sig_atomic_t interrupted = 0;
-
-// A bar on a terminal, a line every few seconds elsewhere; says no more once the user has interrupted.
+// A bar on a terminal, a line every few seconds elsewhere; asks to stop when a signal has come.
 class ProgressBar {
  public:
   bool operator()(std::uint64_t done, std::uint64_t total) {
@@ -42,7 +41,7 @@ class ProgressBar {
         std::fprintf(stderr, "%.2f of %.2f GB, %.0f s left\n", gigabytes(done), gigabytes(total), left);
       }
     }
-    return interrupted == 0;
+    return !nn::stop_requested();
   }
   void finish() const {
     if (drawn_) std::fputc('\n', stderr);
@@ -100,15 +99,21 @@ int run(const Arguments& arguments) {
   if (!planned.ok() && plan.mismatches.empty()) return fail(message(planned));
   const std::string report = linattn::report_json(plan).dump(2) + "\n";
   std::cout << (arguments.json ? report : linattn::report_table(plan)) << std::flush;
-  if (!arguments.report.empty())
+  if (!arguments.report.empty()) {
+    const nn::Unfinished unfinished;
     if (const auto status = linattn::write_file(arguments.report, report); !status.ok())
       return fail(message(status));
+  }
   if (!planned.ok()) return fail(message(planned));
   if (arguments.dry_run) return 0;
 
   ProgressBar progress;
-  const auto status = apply(checkpoint, plan, options, arguments.output, arguments.force, std::ref(progress));
-  progress.finish();
+  linattn::FileStatus status;
+  {
+    const nn::Unfinished unfinished;
+    status = apply(checkpoint, plan, options, arguments.output, arguments.force, std::ref(progress));
+    progress.finish();
+  }
   if (!status.ok()) {
     const bool exists = status.detail == "exists already";
     return fail(message(status) + (exists ? " (--force replaces it)" : ""));
@@ -127,7 +132,7 @@ int main(int argc, char** argv) {
       "Replaces softmax attentions of a checkpoint by Test-Time-Training modules that inherit its\n"
       "projections: Stable Diffusion 3.5 becomes SD3.5-T5, a ViT or DeiT (names of timm) DeiT-T5, a DiT\n"
       "DiT5. Every tensor of both models is accounted for; the report goes to standard output.\n"
-      "Exit code 0: done, 2: bad input or a failed write, and nothing is written.",
+      "Exit code 0: done, 2: bad input or a failed write, and nothing is written; nor is it after a signal.",
       "linattn-inherit");
   app.add_option("input", arguments.input, "a single .safetensors file, or a model folder (with config.json)")
       ->required();
@@ -176,8 +181,7 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   }
-  std::signal(SIGINT, [](int) { interrupted = 1; });
-  std::signal(SIGTERM, [](int) { interrupted = 1; });
+  nn::handle_signals(app.get_name());
   try {
     return run(arguments);
   } catch (const std::exception& error) {

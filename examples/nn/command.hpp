@@ -7,6 +7,8 @@
 #include <exception>
 #include <new>
 
+#include "signals.hpp"
+
 namespace nn {
 
 // Parses the command line and calls run(), whose result is the exit code. After a wrong command line or an exception it
@@ -18,6 +20,7 @@ template <class Run>
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   }
+  handle_signals(app.get_name());
   try {
     return run();
   } catch (const std::bad_alloc&) {

@@ -18,6 +18,7 @@
 
 #include <linattn/weights/atomic_file.hpp>
 
+#include "signals.hpp"
 #include "small_file.hpp"
 
 namespace nn {
@@ -248,6 +249,7 @@ void write_png(const fs::path& path, const Image& image, const PngText& text) {
     fail(path, std::string("cannot encode: ") + (sink.error[0] != '\0' ? sink.error : "out of memory"));
 
   if (is_special(path)) return write_directly(path, sink.bytes);
+  const Unfinished unfinished;
   if (const linattn::FileStatus status = linattn::write_file(path, sink.bytes); !status.ok())
     throw std::runtime_error(message(status));
 }
