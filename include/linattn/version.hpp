@@ -1,6 +1,8 @@
 // Version of the library and the few macros that every header needs.
 #pragma once
 
+#include <linattn/detail/target.hpp>
+
 #define LINATTN_VERSION_MAJOR 0
 #define LINATTN_VERSION_MINOR 1
 #define LINATTN_VERSION_PATCH 0
@@ -11,6 +13,14 @@
 #define LINATTN_HD __host__ __device__
 #else
 #define LINATTN_HD
+#endif
+
+// Always inlined: the steps of a kernel, and the members of types that units share (target.hpp), as a copy that the
+// linker chose might hold instructions of another unit's machine.
+#if defined(__GNUC__)
+#define LINATTN_INLINE inline __attribute__((always_inline))
+#else
+#define LINATTN_INLINE inline
 #endif
 
 // The inline namespace keeps two versions of the library apart in one program.

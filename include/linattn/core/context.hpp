@@ -32,7 +32,7 @@ class Carver {
  public:
   static constexpr std::size_t alignment = 256;
 
-  explicit Carver(Workspace workspace) : base_(workspace.data), size_(workspace.size) {
+  LINATTN_INLINE explicit Carver(Workspace workspace) : base_(workspace.data), size_(workspace.size) {
     // The caller's memory may start anywhere; counting assumes the worst.
     used_ = base_ == nullptr
                 ? alignment - 1
@@ -41,7 +41,7 @@ class Carver {
 
   // `count` elements of T, or null when counting or when the memory is too short.
   template <class T>
-  [[nodiscard]] T* take(Index count) {
+  [[nodiscard]] LINATTN_INLINE T* take(Index count) {
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
     const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
     T* const result =
@@ -51,15 +51,15 @@ class Carver {
   }
 
   // Bytes that the carving needs, alignment of the base included.
-  [[nodiscard]] constexpr std::size_t used() const { return used_; }
+  [[nodiscard]] LINATTN_INLINE constexpr std::size_t used() const { return used_; }
 
   // What is left, for the ops that a layer calls in turn.
-  [[nodiscard]] constexpr Workspace rest() const {
+  [[nodiscard]] LINATTN_INLINE constexpr Workspace rest() const {
     return base_ != nullptr && used_ <= size_ ? Workspace{base_ + used_, size_ - used_} : Workspace{};
   }
 
   // Whether all that was taken was there.
-  [[nodiscard]] constexpr Status check(const char* what) const {
+  [[nodiscard]] LINATTN_INLINE constexpr Status check(const char* what) const {
     if (used_ <= alignment - 1) return {};  // nothing was taken
     if (base_ != nullptr && used_ <= size_) return {};
     return detail::fail(Code::workspace, what, static_cast<Index>(used_),
@@ -83,7 +83,7 @@ concept ParallelPolicy = requires(const P& policy, void (*body)(Index, Index)) {
 };
 
 struct Serial {
-  [[nodiscard]] static constexpr Index workers() { return 1; }
+  [[nodiscard]] LINATTN_INLINE static constexpr Index workers() { return 1; }
   template <class Body>
   void run(Index tasks, const Body& body) const {
     for (Index task = 0; task < tasks; ++task) body(task, Index{0});
@@ -95,7 +95,7 @@ struct Serial {
 struct OpenMp {
   int threads = 0;
 
-  [[nodiscard]] Index workers() const { return threads > 0 ? threads : omp_get_max_threads(); }
+  [[nodiscard]] LINATTN_INLINE Index workers() const { return threads > 0 ? threads : omp_get_max_threads(); }
   template <class Body>
   void run(Index tasks, const Body& body) const {
     const int count = static_cast<int>(workers());
@@ -117,7 +117,7 @@ struct Cpu {
   using Between = Compute<T>;
 
   // The same context on other scratch memory.
-  [[nodiscard]] constexpr Cpu with(Workspace other) const { return {other, parallel}; }
+  [[nodiscard]] LINATTN_INLINE constexpr Cpu with(Workspace other) const { return {other, parallel}; }
 };
 Cpu()->Cpu<Serial>;
 Cpu(Workspace)->Cpu<Serial>;
@@ -137,7 +137,9 @@ struct Cuda {
   using Between = T;
 
   // The same context on other scratch memory.
-  [[nodiscard]] constexpr Cuda with(Workspace other) const { return {other, stream, cublas_lt}; }
+  [[nodiscard]] LINATTN_INLINE constexpr Cuda with(Workspace other) const {
+    return {other, stream, cublas_lt};
+  }
 };
 
 LINATTN_END

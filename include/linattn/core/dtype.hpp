@@ -11,7 +11,7 @@ namespace detail {
 
 // std::bit_cast, callable in device code too.
 template <class To, class From>
-[[nodiscard]] LINATTN_HD constexpr To bits_as(From value) {
+[[nodiscard]] LINATTN_HD LINATTN_INLINE constexpr To bits_as(From value) {
   return __builtin_bit_cast(To, value);
 }
 
@@ -22,9 +22,9 @@ struct half {
   std::uint16_t bits = 0;
 
   half() = default;
-  LINATTN_HD explicit constexpr half(float value);
-  LINATTN_HD explicit constexpr operator float() const;
-  [[nodiscard]] LINATTN_HD static constexpr half from_bits(std::uint16_t bits) {
+  LINATTN_HD LINATTN_INLINE explicit constexpr half(float value);
+  LINATTN_HD LINATTN_INLINE explicit constexpr operator float() const;
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static constexpr half from_bits(std::uint16_t bits) {
     half h;
     h.bits = bits;
     return h;
@@ -36,11 +36,11 @@ struct bfloat16 {
   std::uint16_t bits = 0;
 
   bfloat16() = default;
-  LINATTN_HD explicit constexpr bfloat16(float value);
-  LINATTN_HD explicit constexpr operator float() const {
+  LINATTN_HD LINATTN_INLINE explicit constexpr bfloat16(float value);
+  LINATTN_HD LINATTN_INLINE explicit constexpr operator float() const {
     return detail::bits_as<float>(std::uint32_t{bits} << 16);
   }
-  [[nodiscard]] LINATTN_HD static constexpr bfloat16 from_bits(std::uint16_t bits) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static constexpr bfloat16 from_bits(std::uint16_t bits) {
     bfloat16 b;
     b.bits = bits;
     return b;
@@ -53,9 +53,9 @@ struct float8_e4m3 {
   std::uint8_t bits = 0;
 
   float8_e4m3() = default;
-  LINATTN_HD explicit constexpr float8_e4m3(float value);
-  LINATTN_HD explicit constexpr operator float() const;
-  [[nodiscard]] LINATTN_HD static constexpr float8_e4m3 from_bits(std::uint8_t bits) {
+  LINATTN_HD LINATTN_INLINE explicit constexpr float8_e4m3(float value);
+  LINATTN_HD LINATTN_INLINE explicit constexpr operator float() const;
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static constexpr float8_e4m3 from_bits(std::uint8_t bits) {
     float8_e4m3 f;
     f.bits = bits;
     return f;
@@ -137,7 +137,7 @@ template <class T>
 using Compute = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;
 
 template <class To, class From>
-[[nodiscard]] LINATTN_HD constexpr To convert(From value) {
+[[nodiscard]] LINATTN_HD LINATTN_INLINE constexpr To convert(From value) {
   if constexpr (std::is_same_v<To, From>) {
     return value;
   } else if constexpr (std::is_arithmetic_v<From> && std::is_arithmetic_v<To>) {

@@ -33,8 +33,16 @@ struct [[nodiscard]] Status {
   Index actual = 0;
   int native = 0;
 
-  [[nodiscard]] constexpr bool ok() const { return code == Code::ok; }
+  [[nodiscard]] LINATTN_INLINE constexpr bool ok() const { return code == Code::ok; }
 };
+
+// A formatted Status, by value: formatting one allocates nothing.
+struct StatusMessage {
+  char text[256] = {};
+  [[nodiscard]] LINATTN_INLINE const char* c_str() const { return text; }
+};
+
+inline namespace LINATTN_TARGET {
 
 [[nodiscard]] constexpr const char* name(Code code) {
   switch (code) {
@@ -62,12 +70,6 @@ struct [[nodiscard]] Status {
   return "unknown code";
 }
 
-// A formatted Status, by value: formatting one allocates nothing.
-struct StatusMessage {
-  char text[256] = {};
-  [[nodiscard]] const char* c_str() const { return text; }
-};
-
 // "shape mismatch: k, tokens: expected 77, got 64"
 [[nodiscard]] inline StatusMessage message(const Status& status) {
   StatusMessage out;
@@ -84,11 +86,18 @@ struct StatusMessage {
   return out;
 }
 
+}  // namespace LINATTN_TARGET
+
 namespace detail {
 
-[[nodiscard]] constexpr Status fail(Code code, const char* what, Index expected, Index actual) {
+[[nodiscard]] LINATTN_INLINE constexpr Status fail(Code code, const char* what, Index expected,
+                                                   Index actual) {
   return {code, what, expected, actual, 0};
 }
+
+}  // namespace detail
+
+namespace detail::inline LINATTN_TARGET {
 
 // The first failed one of several checks, in the order in which they are written.
 [[nodiscard]] constexpr Status first_failure() { return {}; }
@@ -105,6 +114,6 @@ template <class... Rest>
   return actual > 0 ? Status{} : fail(Code::empty, what, 1, actual);
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 
 LINATTN_END

@@ -23,11 +23,13 @@ struct TensorView {
   std::array<Index, Rank> strides{};
 
   constexpr TensorView() = default;
-  constexpr TensorView(T* pointer, std::array<Index, Rank> shape, std::array<Index, Rank> steps)
+  LINATTN_INLINE constexpr TensorView(T* pointer, std::array<Index, Rank> shape,
+                                      std::array<Index, Rank> steps)
       : data(pointer), extents(shape), strides(steps) {}
 
   // Row-major and dense.
-  constexpr TensorView(T* pointer, std::array<Index, Rank> shape) : data(pointer), extents(shape) {
+  LINATTN_INLINE constexpr TensorView(T* pointer, std::array<Index, Rank> shape)
+      : data(pointer), extents(shape) {
     Index step = 1;
     for (std::size_t axis = Rank; axis-- > 0;) {
       strides[axis] = step;
@@ -37,22 +39,26 @@ struct TensorView {
 
   // A mutable view fits where a const one is asked for.
   template <class U>
-  requires(std::is_same_v<T, const U> && !std::is_const_v<U>) constexpr TensorView(
-      const TensorView<U, Rank>& other)  // NOLINT: implicit on purpose
+  requires(std::is_same_v<T, const U> && !std::is_const_v<U>) LINATTN_INLINE
+      constexpr TensorView(const TensorView<U, Rank>& other)  // NOLINT: implicit on purpose
       : data(other.data), extents(other.extents), strides(other.strides) {}
 
-  [[nodiscard]] constexpr Index extent(int axis) const { return extents[static_cast<std::size_t>(axis)]; }
-  [[nodiscard]] constexpr Index stride(int axis) const { return strides[static_cast<std::size_t>(axis)]; }
+  [[nodiscard]] LINATTN_INLINE constexpr Index extent(int axis) const {
+    return extents[static_cast<std::size_t>(axis)];
+  }
+  [[nodiscard]] LINATTN_INLINE constexpr Index stride(int axis) const {
+    return strides[static_cast<std::size_t>(axis)];
+  }
 
-  [[nodiscard]] constexpr Index elements() const {
+  [[nodiscard]] LINATTN_INLINE constexpr Index elements() const {
     Index n = 1;
     for (const Index e : extents) n *= e;
     return n;
   }
-  [[nodiscard]] constexpr bool empty() const { return elements() == 0; }
+  [[nodiscard]] LINATTN_INLINE constexpr bool empty() const { return elements() == 0; }
 
   template <class... I>
-  [[nodiscard]] constexpr T* pointer(I... indices) const {
+  [[nodiscard]] LINATTN_INLINE constexpr T* pointer(I... indices) const {
     static_assert(sizeof...(I) <= Rank, "more indices than axes");
     Index offset = 0;
     int axis = 0;
@@ -60,16 +66,24 @@ struct TensorView {
     return data + offset;
   }
   template <class... I>
-  [[nodiscard]] constexpr T& operator()(I... indices) const {
+  [[nodiscard]] LINATTN_INLINE constexpr T& operator()(I... indices) const {
     static_assert(sizeof...(I) == Rank, "one index an axis");
     return *pointer(indices...);
   }
+};
+
+// q, k and v of a packed projection.
+template <class T>
+struct Qkv {
+  TensorView<T, 4> q, k, v;
 };
 
 // Parameter type of activation inputs: not deduced, so that a mutable view fits and the output fixes the
 // type.
 template <class T, int Rank>
 using In = std::type_identity_t<TensorView<const T, Rank>>;
+
+inline namespace LINATTN_TARGET {
 
 // Axes in another order: permute<0, 2, 1, 3>(v) swaps the middle two. No element moves.
 template <int... Axes, class T, int Rank>
@@ -110,11 +124,6 @@ template <class T>
           {v.stride(0), v.stride(1), head_dim * v.stride(2), v.stride(2)}};
 }
 
-template <class T>
-struct Qkv {
-  TensorView<T, 4> q, k, v;
-};
-
 // A packed projection (batch, token, 3 * heads * head_dim), rows q | k | v, seen as three attention views.
 template <class T>
 [[nodiscard]] constexpr Qkv<T> unpack_qkv(const TensorView<T, 3>& packed, Index heads) {
@@ -124,7 +133,9 @@ template <class T>
           split_heads(slice<2>(packed, 2 * channels, channels), heads)};
 }
 
-namespace detail {
+}  // namespace LINATTN_TARGET
+
+namespace detail::inline LINATTN_TARGET {
 
 // Memory is there, and the last axis is dense (an extent of one has no stride to speak of).
 template <class T, int Rank>
@@ -150,6 +161,6 @@ template <class T>
   return v;
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 
 LINATTN_END

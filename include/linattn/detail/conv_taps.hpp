@@ -11,7 +11,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // The kernel and the bias of one pack of channels, a lane a channel.
 template <class C>
@@ -84,5 +84,5 @@ LINATTN_INLINE void conv_tokens(const TokenGrid& grid, Index first, Index count,
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -12,7 +12,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // The register tile. Its sums, two packs of the panel and one broadcast fit the registers, and there are
 // enough sums to hide the latency of an FMA: 16 of 32 registers with AVX-512, 12 of 16 otherwise.
@@ -140,5 +140,5 @@ LINATTN_INLINE void pack_transposed(const S* b, Index column_stride, Index depth
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -6,7 +6,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // All lanes of a pack, and the first `count` of them: where an element-wise op loads and stores.
 template <class C>
@@ -43,5 +43,5 @@ LINATTN_INLINE void for_each_pack(Index begin, Index end, const F& f) {
   if (c < end) f(c, SomeLanes<C>{static_cast<int>(end - c)});
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -39,15 +39,13 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 #if defined(__GNUC__)
-#define LINATTN_INLINE inline __attribute__((always_inline))
 // Stages of a kernel stay functions of their own: inlined into one, the compiler keeps the constants of one
 // stage in registers through the product of another.
 #define LINATTN_NOINLINE __attribute__((noinline))
 #else
-#define LINATTN_INLINE inline
 #define LINATTN_NOINLINE
 #endif
 
@@ -116,10 +114,6 @@ template <class T>
 template <class T>
 [[nodiscard]] LINATTN_INLINE Pack<T> select_less(Pack<T> a, Pack<T> b, Pack<T> x, Pack<T> y) {
   return Eigen::internal::pselect(Eigen::internal::pcmp_lt(a.raw, b.raw), x.raw, y.raw);
-}
-template <class T>
-[[nodiscard]] LINATTN_INLINE Pack<T> sqrt(Pack<T> a) {
-  return Eigen::internal::psqrt(a.raw);
 }
 template <class T>
 [[nodiscard]] LINATTN_INLINE T reduce_add(Pack<T> a) {
@@ -332,7 +326,7 @@ template <class V>
   return V(Scalar(1)) / (V(Scalar(1)) + exp(-z));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END
 
 #if defined(__GNUC__)

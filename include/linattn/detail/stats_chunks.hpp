@@ -21,6 +21,10 @@ struct TokenStats {
   C* partial = nullptr;  // 3 numbers a batch, chunk and channel: scratch of token_stats
 };
 
+}  // namespace detail
+
+namespace detail::inline LINATTN_TARGET {
+
 // At most 32 chunks, so that the scratch does not grow with the tokens; at least 128 tokens each.
 inline constexpr Index stats_tile = 8;
 [[nodiscard]] constexpr Index stats_chunk(Index tokens) {
@@ -41,5 +45,5 @@ template <class C>
   return stats;
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -21,7 +21,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class V>
 [[nodiscard]] LINATTN_INLINE V normalize(V x, V shift, V delta, V scale) {
@@ -145,5 +145,5 @@ void token_stats(const P& parallel, TensorView<const T, 4> x, double eps, bool d
   });
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -26,7 +26,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 inline constexpr Index ttt_tile = 64;    // tokens that pass through the products together
 inline constexpr Index ttt_chunk = 512;  // tokens whose gradients are summed before they join those of others
@@ -512,5 +512,5 @@ LINATTN_NOINLINE void accumulate_gradient(const TttShape<C>& shape, const C* x, 
                            });
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -71,7 +71,7 @@ struct TttMapOptions {
   TttOptions<W> ttt{};                   // those of the layer that is looked at
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 [[nodiscard]] constexpr Index map_rows(const TensorView<const Index, 1>& queries, Index tokens) {
   return queries.extent(0) == 0 ? tokens : queries.extent(0);
@@ -133,5 +133,5 @@ template <class Model, class T, class W>
                                       q.extent(2) * q.extent(3), q.extent(1)));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

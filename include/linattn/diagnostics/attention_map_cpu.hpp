@@ -21,7 +21,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class C, class A, class B>
 [[nodiscard]] C dot(const A* a, const B* b, Index count) {
@@ -326,7 +326,9 @@ struct TttMapper {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // out = softmax(scale q k^T + bias), as a matrix: the map of softmax attention. T is that of q. See
 // attention_map.hpp.
@@ -416,4 +418,5 @@ template <InnerModel Model = SwiGlu, InnerLoss Loss = InnerProduct, InnerStep St
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

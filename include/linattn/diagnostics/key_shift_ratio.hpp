@@ -18,7 +18,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T>
 [[nodiscard]] constexpr Status check_key_shift_ratio(const TensorView<const T, 4>& k,
@@ -32,5 +32,5 @@ template <class T>
   return first;
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -15,6 +15,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch: one key in double a worker.
 template <ParallelPolicy P, class T>
@@ -59,4 +60,5 @@ template <ParallelPolicy P, class T>
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -34,6 +34,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch for the same call of joint_attention.
 template <class Context, Storage T, class W>
@@ -89,4 +90,5 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, c
   return layer.run(ctx, core, "joint_ttt_attention, workspace");
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -53,7 +53,7 @@ struct MixedLayerOptions {
   double qk_norm_eps = 1e-6;
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // The attention between the projections.
 template <class Model, class Loss, class W, class F>
@@ -121,7 +121,9 @@ struct MixedCore {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch for the same call of mixed_attention_layer: 5 numbers a token and channel, and the ops' own.
 template <class Model = Mlp, class Loss = SquaredError, class Context, Storage T, class W, class F>
@@ -148,4 +150,5 @@ template <class Model = Mlp, class Loss = SquaredError, class Context, Storage T
                    "mixed_attention_layer, workspace");
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -42,6 +42,8 @@ struct AttentionWeights {
   TensorView<const W, 1> q_norm{}, k_norm{};  // [head_dim], RMS norm of each head's q and k; empty: none
 };
 
+inline namespace LINATTN_TARGET {
+
 // q, k and v of a fused projection: weight [3 * width, in], bias [3 * width] or empty, rows q | k | v.
 template <class W>
 [[nodiscard]] constexpr AttentionWeights<W> split_qkv(const TensorView<const W, 2>& weight,
@@ -54,7 +56,9 @@ template <class W>
   return {part(0), part(1), part(2)};
 }
 
-namespace detail {
+}  // namespace LINATTN_TARGET
+
+namespace detail::inline LINATTN_TARGET {
 
 // Literals for a Status: what was wrong with one projection.
 struct ProjectionNames {
@@ -288,5 +292,5 @@ struct AttentionLayer {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

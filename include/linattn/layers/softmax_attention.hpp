@@ -32,7 +32,7 @@ struct SoftmaxLayerOptions {
   double qk_norm_eps = 1e-6;
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // The attention between the projections.
 struct SoftmaxCore {
@@ -59,7 +59,9 @@ struct SoftmaxCore {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch for the same call of softmax_attention_layer: 4 numbers a token and channel, and the ops' own.
 template <class Context, Storage T, class W>
@@ -82,4 +84,5 @@ template <class Context, Storage T, class W>
   return layer.run(ctx, detail::SoftmaxCore{options.scale}, "softmax_attention_layer, workspace");
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -52,7 +52,7 @@ struct TttLayerOptions {
   double qk_norm_eps = 1e-6;
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // The attention between the projections. Keys are `text` tokens, then those of x; of the text the last
 // `text_queries` ask (all or none).
@@ -113,7 +113,9 @@ struct TttCore {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch for the same call of ttt_attention_layer: 4 numbers a token and channel, and the ops' own.
 template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, class Context, Storage T,
@@ -143,4 +145,5 @@ template <class Model = SwiGlu, class Loss = InnerProduct, class Step = Plain, c
                    "ttt_attention_layer, workspace");
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

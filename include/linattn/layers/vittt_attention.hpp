@@ -51,7 +51,7 @@ struct VitttLayerOptions {
   double scale = 1.0 / 3.0;
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // One call of the layer.
 template <class T, class W, class F>
@@ -176,7 +176,9 @@ struct VitttLayer {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch for the same call of vittt_attention_layer: 4 numbers a token and channel, and the ops' own.
 template <class Context, Storage T, class W, class F>
@@ -196,4 +198,5 @@ template <class Context, Storage T, class W, class F>
   return detail::VitttLayer<T, W, F>{x, weights, out, options}.run(ctx);
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -32,7 +32,7 @@ struct TokenGrid {
   Index height = 0;
   Index width = 0;
 
-  [[nodiscard]] LINATTN_HD constexpr Index tokens() const { return height * width; }
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE constexpr Index tokens() const { return height * width; }
 };
 
 struct DepthwiseConvOptions {
@@ -40,7 +40,7 @@ struct DepthwiseConvOptions {
   bool residual = true;
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // The grid is not empty and lies within a sequence of `tokens`. No product that could overflow is formed.
 [[nodiscard]] constexpr Status check_grid(const TokenGrid& grid, Index tokens) {
@@ -96,5 +96,5 @@ template <class T, class W, class B>
                        check_grid(options.grid, x.extent(1)));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -14,7 +14,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // A task walks down a strip of the grid with the last three rows in a window of its own: contiguous, widened
 // once, zero outside the grid. In place the rows lie a power of two apart as often as not, and evict each other.
@@ -107,7 +107,9 @@ void conv_grid(const P& parallel, const TensorView<const T, 4>& x, const TensorV
   });
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // y = x + conv3x3(x; weight) + bias on the tokens of the grid, y = x elsewhere. See depthwise_conv.hpp.
 template <ParallelPolicy P, Storage T, class W, class B>
@@ -139,4 +141,5 @@ template <ParallelPolicy P, Storage T, class W, class B>
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

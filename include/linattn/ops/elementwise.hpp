@@ -21,7 +21,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T>
 [[nodiscard]] constexpr Status check_tokens(const TensorView<const T, 4>& x, const TensorView<T, 4>& out) {
@@ -63,5 +63,5 @@ template <class T>
       expect_view(b, "b", "b, channel stride"), check_tokens(a, out));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -14,7 +14,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // Channels [first, first + count) of a vector of any stride, side by side.
 template <class C, class W>
@@ -22,7 +22,9 @@ inline void gather_channels(const TensorView<W, 1>& from, Index first, Index cou
   for (Index c = 0; c < count; ++c) to[c] = convert<C>(from(first + c));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // out = scale x + offset, a scale and an offset a channel. See elementwise.hpp.
 template <ParallelPolicy P, Storage T, class W>
@@ -77,4 +79,5 @@ template <ParallelPolicy P, Storage T>
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -29,7 +29,7 @@ struct InstanceNormOptions {
   bool divide_by_std = true;
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T>
 [[nodiscard]] constexpr Status check_instance_norm(const TensorView<const T, 4>& x,
@@ -46,5 +46,5 @@ template <class T>
                        expect_view(out, "out", "out, channel stride"));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -14,7 +14,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class C, class T>
 LINATTN_NOINLINE void normalize_rows(const T* x, Index x_step, T* out, Index out_step, Index rows,
@@ -26,7 +26,9 @@ LINATTN_NOINLINE void normalize_rows(const T* x, Index x_step, T* out, Index out
     });
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch: 3 to 99 numbers a channel and sample.
 template <ParallelPolicy P, Storage T>
@@ -68,4 +70,5 @@ template <ParallelPolicy P, Storage T>
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

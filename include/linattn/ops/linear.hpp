@@ -24,7 +24,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // x is stored in another type than out.
 template <class X, class T>
@@ -53,5 +53,5 @@ template <class X, class W, class B, class T, int R>
   return {};
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -11,7 +11,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // A task computes a block of `rows` x `columns` of the output, `depth` inputs at a time: it copies that part
 // of x (contiguous, widened), then takes the weight panel by panel (transposed, widened; a panel stays in
@@ -248,7 +248,9 @@ template <class P, class X, class W, class B, class T, int R>
   return {};
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of workspace that the same call of `linear` needs; grows with the workers, not with the rows. Few rows take
 // another path and can need more than many: ask for each shape that is called, and keep the largest answer.
@@ -282,4 +284,5 @@ Status linear(const Cpu<P>& ctx, const TensorView<X, R>& x, const TensorView<W, 
   return detail::run_linear(ctx, TensorView<const std::remove_const_t<X>, R>(x), weight, bias, out);
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

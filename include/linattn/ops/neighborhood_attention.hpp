@@ -44,7 +44,7 @@ struct NeighborhoodAttentionOptions {
   std::optional<double> scale{};  // default head_dim^-1/2
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // The first of `size` places around `position`, kept inside [0, extent).
 [[nodiscard]] LINATTN_HD constexpr Index window_start(Index position, Index size, Index extent) {
@@ -99,5 +99,5 @@ template <class T>
   return {};
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

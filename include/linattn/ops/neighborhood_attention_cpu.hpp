@@ -23,7 +23,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // [begin, begin + count)
 struct Range {
@@ -434,7 +434,9 @@ template <class T>
   return {options.grid, options.kernel, q.extent(0), q.extent(2), q.extent(3), v.extent(3)};
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of workspace that the same call of `neighborhood_attention` needs; grows with the workers, the head size
 // and, to a limit, the window, not with the tokens. 0 for a call that would be refused.
@@ -469,4 +471,5 @@ template <ParallelPolicy P, Storage T>
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -23,7 +23,7 @@ struct RmsNormOptions {
   double eps = 1e-6;
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T, class W>
 [[nodiscard]] constexpr Status check_rms_norm(const TensorView<const T, 4>& x, const TensorView<W, 1>& weight,
@@ -41,5 +41,5 @@ template <class T, class W>
                        expect_view(out, "out", "out, channel stride"));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -13,7 +13,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class C, class T, class W>
 LINATTN_INLINE void rms_norm_row(const T* x, const W* weight, T* out, Index channels, C eps) {
@@ -28,7 +28,9 @@ LINATTN_INLINE void rms_norm_row(const T* x, const W* weight, T* out, Index chan
   });
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // y = weight * x / sqrt(mean x^2 + eps) over the channels. See rms_norm.hpp.
 template <ParallelPolicy P, Storage T, class W>
@@ -50,4 +52,5 @@ template <ParallelPolicy P, Storage T, class W>
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -48,7 +48,7 @@ struct SoftmaxAttentionOptions {
   TensorView<C, 3> lse{};         // receives the log-sum-exp of each row; empty: not wanted
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T>
 [[nodiscard]] constexpr Status check_softmax_attention(const TensorView<const T, 4>& q,
@@ -92,5 +92,5 @@ template <class T>
   return {};
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -17,7 +17,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // A task is a block of queries of one head. It copies the keys and values block by block (contiguous,
 // widened) and takes its panels of queries past each block. The cut depends on the shapes alone.
@@ -281,7 +281,9 @@ template <class T>
   return {q.extent(0), q.extent(1), k.extent(1), q.extent(2), q.extent(3), v.extent(3)};
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of workspace that the same call of `softmax_attention` needs; grows with the workers and the head
 // size, not with the tokens.
@@ -310,4 +312,5 @@ Status softmax_attention(const Cpu<P>& ctx, const In<T, 4>& q, const In<T, 4>& k
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

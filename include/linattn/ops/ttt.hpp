@@ -56,7 +56,7 @@ template <class W>
 struct TttWeights {
   TensorView<const W, 3> w1{}, w2{}, w3{};
 
-  [[nodiscard]] constexpr const TensorView<const W, 3>& operator[](int i) const {
+  [[nodiscard]] LINATTN_INLINE constexpr const TensorView<const W, 3>& operator[](int i) const {
     return i == 0 ? w1 : i == 1 ? w2 : w3;
   }
 };
@@ -66,12 +66,12 @@ template <class C>
 struct FastWeights {
   TensorView<C, 4> w1{}, w2{}, w3{};
 
-  [[nodiscard]] constexpr const TensorView<C, 4>& operator[](int i) const {
+  [[nodiscard]] LINATTN_INLINE constexpr const TensorView<C, 4>& operator[](int i) const {
     return i == 0 ? w1 : i == 1 ? w2 : w3;
   }
   // What ttt_update wrote is what ttt_apply reads.
   template <class D>
-  requires(std::is_same_v<D, const C> && !std::is_const_v<C>) [[nodiscard]] constexpr
+  requires(std::is_same_v<D, const C> && !std::is_const_v<C>) [[nodiscard]] LINATTN_INLINE constexpr
   operator FastWeights<D>() const {
     return {w1, w2, w3};
   }
@@ -94,7 +94,7 @@ struct TttOptions {
   TttPrologue<W> prologue{};
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // Which of q and k a message is about.
 enum class Side { q, k };
@@ -242,5 +242,5 @@ template <class Model, class T, class W>
   return check_ttt_weights<Model>(weights, q.extent(2), q.extent(3));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

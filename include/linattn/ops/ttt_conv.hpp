@@ -37,7 +37,7 @@ struct TttConvOptions {
   double inner_lr = 1;
 };
 
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T, class W>
 [[nodiscard]] constexpr Status check_ttt_conv_shapes(
@@ -78,5 +78,5 @@ template <class T, class W>
   return {};
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -16,7 +16,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // The sums of the 9 taps run over bands of rows, at most 32 of them so that the scratch does not grow with the
 // tokens, and over blocks of channels.
@@ -111,7 +111,9 @@ void learn_taps(const TensorView<W, 4>& weight, Index channel, Index channels, c
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch for the same call of ttt_conv: up to 33 kernels a sample. 0 for a call that would be refused.
 template <ParallelPolicy P, Storage T, class W>
@@ -169,4 +171,5 @@ template <ParallelPolicy P, Storage T, class W>
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -20,7 +20,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // How the work is cut into tasks. Only the cut depends on the workers; the order of the sums does not.
 struct TttPlan {
@@ -385,7 +385,9 @@ struct TttAnswerer {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch: a set of tiles and weights a worker, and for the prologue the statistics of the keys and
 // two rows of the grid a worker; it does not grow with the tokens.
@@ -532,4 +534,5 @@ template <InnerModel Model = SwiGlu, ParallelPolicy P, Storage T, Storage W = T>
   return {};
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -31,8 +31,8 @@ LINATTN_BEGIN
 namespace detail {
 
 // 1 / (1 + e^-z); packs bring theirs, found by argument-dependent lookup.
-[[nodiscard]] LINATTN_HD inline float sigmoid(float z) { return 1.0f / (1.0f + std::exp(-z)); }
-[[nodiscard]] LINATTN_HD inline double sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
+[[nodiscard]] LINATTN_HD LINATTN_INLINE float sigmoid(float z) { return 1.0f / (1.0f + std::exp(-z)); }
+[[nodiscard]] LINATTN_HD LINATTN_INLINE double sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
 
 }  // namespace detail
 
@@ -71,12 +71,12 @@ struct Mlp {
   static constexpr int chained = 1;
 
   template <class V>
-  [[nodiscard]] LINATTN_HD static V activate(V z1, V) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static V activate(V z1, V) {
     using detail::sigmoid;
     return z1 * sigmoid(z1);
   }
   template <class V>
-  [[nodiscard]] LINATTN_HD static Activation<V> differentiate(V z1, V z2) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static Activation<V> differentiate(V z1, V z2) {
     using detail::sigmoid;
     const V s = sigmoid(z1);
     const V silu = z1 * s;
@@ -96,12 +96,12 @@ struct Glu {
   static constexpr int chained = 0;
 
   template <class V>
-  [[nodiscard]] LINATTN_HD static V activate(V z1, V z2) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static V activate(V z1, V z2) {
     using detail::sigmoid;
     return z1 * sigmoid(z1) * z2;
   }
   template <class V>
-  [[nodiscard]] LINATTN_HD static Activation<V> differentiate(V z1, V z2) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static Activation<V> differentiate(V z1, V z2) {
     using detail::sigmoid;
     const V s = sigmoid(z1);
     const V silu = z1 * s;
@@ -134,7 +134,7 @@ struct InnerProduct {
   static constexpr bool needs_prediction = false;
 
   template <class V>
-  [[nodiscard]] LINATTN_HD static V error(V target, V) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static V error(V target, V) {
     return -target;
   }
 };
@@ -144,7 +144,7 @@ struct SquaredError {
   static constexpr bool needs_prediction = true;
 
   template <class V>
-  [[nodiscard]] LINATTN_HD static V error(V target, V prediction) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static V error(V target, V prediction) {
     return prediction - target;
   }
 };
@@ -164,7 +164,7 @@ struct Plain {
   static constexpr bool needs_column_norm = false;
 
   template <class V>
-  [[nodiscard]] LINATTN_HD static V rate(V inner_lr, V factor, V) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static V rate(V inner_lr, V factor, V) {
     return inner_lr * factor;
   }
 };
@@ -175,7 +175,7 @@ struct ColumnClip {
   static constexpr bool needs_column_norm = true;
 
   template <class V>
-  [[nodiscard]] LINATTN_HD static V rate(V inner_lr, V factor, V norm) {
+  [[nodiscard]] LINATTN_HD LINATTN_INLINE static V rate(V inner_lr, V factor, V norm) {
     return inner_lr * factor / (norm + 1);
   }
 };

@@ -1,0 +1,93 @@
+// LINATTN_TARGET names what the compiler generates code for: "avx2_fma", "sse2_clang". Two units of one program may
+// be compiled for different machines; what they compile from the same header must then have different names, or
+// the linker keeps one of the two for both. So functions, and types that are not shared between units, lie in an
+// inline namespace of this name. It tells apart what changes a type, a width or the arithmetic of the kernels:
+// instruction sets, Eigen's switches, relaxed arithmetic, the compiler. Units that differ in anything else (-mbmi2,
+// -ffp-contract=off) need names of their own: -DLINATTN_TARGET=name.
+#pragma once
+
+#ifndef LINATTN_TARGET
+
+#if defined(__AVX512F__)
+#define LINATTN_TARGET_SET avx512f
+#elif defined(__AVX2__)
+#define LINATTN_TARGET_SET avx2
+#elif defined(__AVX__)
+#define LINATTN_TARGET_SET avx
+#elif defined(__SSE4_2__)
+#define LINATTN_TARGET_SET sse4_2
+#elif defined(__SSE4_1__)
+#define LINATTN_TARGET_SET sse4_1
+#elif defined(__SSSE3__)
+#define LINATTN_TARGET_SET ssse3
+#elif defined(__SSE3__)
+#define LINATTN_TARGET_SET sse3
+#elif defined(__SSE2__)
+#define LINATTN_TARGET_SET sse2
+#elif defined(__ARM_FEATURE_SVE)
+#define LINATTN_TARGET_SET sve
+#elif defined(__ARM_NEON)
+#define LINATTN_TARGET_SET neon
+#elif defined(__VSX__)
+#define LINATTN_TARGET_SET vsx
+#else
+#define LINATTN_TARGET_SET generic
+#endif
+
+#if defined(__AVX512DQ__)
+#define LINATTN_TARGET_DQ _dq
+#else
+#define LINATTN_TARGET_DQ
+#endif
+#if defined(__AVX512BW__)
+#define LINATTN_TARGET_BW _bw
+#else
+#define LINATTN_TARGET_BW
+#endif
+#if defined(__AVX512VL__)
+#define LINATTN_TARGET_VL _vl
+#else
+#define LINATTN_TARGET_VL
+#endif
+#if defined(__AVX512BF16__) || defined(__AVX512FP16__)  // Eigen converts by them
+#define LINATTN_TARGET_16 _16
+#else
+#define LINATTN_TARGET_16
+#endif
+#if defined(__FMA__) || defined(__FMA4__)
+#define LINATTN_TARGET_FMA _fma
+#else
+#define LINATTN_TARGET_FMA
+#endif
+#if defined(__F16C__)
+#define LINATTN_TARGET_F16C _f16c
+#else
+#define LINATTN_TARGET_F16C
+#endif
+// Eigen defines EIGEN_MAX_ALIGN_BYTES itself, but not as 0 where it has packets.
+#if defined(EIGEN_DONT_VECTORIZE) || defined(EIGEN_DONT_ALIGN) || \
+    (defined(EIGEN_MAX_ALIGN_BYTES) && EIGEN_MAX_ALIGN_BYTES + 0 == 0)
+#define LINATTN_TARGET_PACKETS _scalar
+#else
+#define LINATTN_TARGET_PACKETS
+#endif
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ + 0 != 0)
+#define LINATTN_TARGET_MATH _fast
+#else
+#define LINATTN_TARGET_MATH
+#endif
+#if defined(__clang__)
+#define LINATTN_TARGET_COMPILER _clang
+#else
+#define LINATTN_TARGET_COMPILER
+#endif
+
+#define LINATTN_TARGET_JOIN(a, b, c, d, e, f, g, h, i, j) a##b##c##d##e##f##g##h##i##j
+#define LINATTN_TARGET_NAME(...) LINATTN_TARGET_JOIN(__VA_ARGS__)
+#define LINATTN_TARGET                                                                                    \
+  LINATTN_TARGET_NAME(LINATTN_TARGET_SET, LINATTN_TARGET_DQ, LINATTN_TARGET_BW, LINATTN_TARGET_VL,        \
+                      LINATTN_TARGET_16, LINATTN_TARGET_FMA, LINATTN_TARGET_F16C, LINATTN_TARGET_PACKETS, \
+                      LINATTN_TARGET_MATH, LINATTN_TARGET_COMPILER)
+
+#endif
