@@ -6,13 +6,13 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <iostream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "maps.hpp"
 #include "nn/command.hpp"
+#include "nn/standard_output.hpp"
 #include "picture.hpp"
 
 namespace {
@@ -129,14 +129,14 @@ int run(const Arguments& a) {
                  {"Software", "linattn-attention-map"},
                  {"Comment", facts["maps"].dump()}});
   if (a.json) {
-    std::cout << facts.dump(2) << std::endl;
+    nn::print_text(facts.dump(2) + "\n");
     return 0;
   }
   for (const Scale& s : picture.scales)
     std::fprintf(stderr, "head %td, query %td,%td, %-7s %+.3e to %+.3e\n", s.head, s.query / grid.width,
                  s.query % grid.width, s.map.c_str(), static_cast<double>(s.least),
                  static_cast<double>(s.most));
-  std::cout << a.output.string() << std::endl;
+  nn::print_text(a.output.string() + "\n");
   return 0;
 }
 

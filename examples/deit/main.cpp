@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <iostream>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -19,6 +18,7 @@
 #include <vector>
 
 #include "nn/command.hpp"
+#include "nn/standard_output.hpp"
 #include "preprocess.hpp"
 #include "vit.hpp"
 
@@ -129,20 +129,20 @@ nlohmann::ordered_json classify(const std::vector<Model>& models, const fs::path
                                 const Arguments& a) {
   const deit::Image image = deit::read_image(path);
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
-  if (!a.json) std::printf("%s\n", path.c_str());
+  if (!a.json) nn::print("%s\n", path.c_str());
   for (const Model& model : models) {
     const Tensor<float> picture =
         deit::preprocess(image, model.own_size(), model.own_size(), model.preprocessing);
     Tensor<float> logits;
     const double time = milliseconds(model.vit, rt, picture, &logits);
     nlohmann::ordered_json top = nlohmann::ordered_json::array();
-    if (!a.json) std::printf("  %s (%s), %.1f ms\n", model.path.c_str(), model.attention().c_str(), time);
+    if (!a.json) nn::print("  %s (%s), %.1f ms\n", model.path.c_str(), model.attention().c_str(), time);
     for (const Guess& guess : best(logits, a.top)) {
       const std::string& label = model.label(guess.id);
       nlohmann::ordered_json entry{{"class", guess.id}, {"probability", guess.probability}};
       if (!label.empty()) entry["label"] = label;
       top.push_back(std::move(entry));
-      if (!a.json) std::printf("    %5.1f %%  %4zu  %s\n", 100 * guess.probability, guess.id, label.c_str());
+      if (!a.json) nn::print("    %5.1f %%  %4zu  %s\n", 100 * guess.probability, guess.id, label.c_str());
     }
     results.push_back({{"model", model.path.string()},
                        {"attention", model.attention()},
@@ -163,15 +163,15 @@ nlohmann::ordered_json measure(const std::vector<Model>& models, Index size, dei
       times[m] = std::min(times[m], milliseconds(models[m].vit, rt, picture));
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   const Index side = size / models[0].vit.config().patch;
-  if (!a.json) std::printf("%6td %7td", size, side * side);
+  if (!a.json) nn::print("%6td %7td", size, side * side);
   for (std::size_t m = 0; m < models.size(); ++m) {
     results.push_back({{"model", models[m].path.string()},
                        {"attention", models[m].attention()},
                        {"milliseconds", times[m]}});
-    if (!a.json) std::printf(" %12.1f", times[m]);
+    if (!a.json) nn::print(" %12.1f", times[m]);
   }
-  if (!a.json && models.size() == 2) std::printf(" %8.2f", times[0] / times[1]);
-  if (!a.json) std::printf("\n");
+  if (!a.json && models.size() == 2) nn::print(" %8.2f", times[0] / times[1]);
+  if (!a.json) nn::print("\n");
   return {{"size", size}, {"tokens", side * side}, {"results", std::move(results)}};
 }
 
@@ -207,12 +207,12 @@ int run(const Arguments& a) {
                                 {"sizes", nlohmann::ordered_json::array()}};
   for (const fs::path& picture : pictures) report["pictures"].push_back(classify(models, picture, rt, a));
   if (!a.sizes.empty() && !a.json) {
-    std::printf("best of %d, ms a picture, %td threads\n%6s %7s", a.repeat, rt.workers(), "size", "tokens");
-    for (const Model& model : models) std::printf(" %12s", model.attention().c_str());
-    std::printf("%s\n", models.size() == 2 ? "    ratio" : "");
+    nn::print("best of %d, ms a picture, %td threads\n%6s %7s", a.repeat, rt.workers(), "size", "tokens");
+    for (const Model& model : models) nn::print(" %12s", model.attention().c_str());
+    nn::print("%s\n", models.size() == 2 ? "    ratio" : "");
   }
   for (const Index size : a.sizes) report["sizes"].push_back(measure(models, size, rt, a));
-  if (a.json) std::cout << report.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << std::endl;
+  if (a.json) nn::print_text(report.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
   return 0;
 }
 

@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <iostream>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -20,6 +19,7 @@
 #include "nn/command.hpp"
 #include "nn/image.hpp"
 #include "nn/progress.hpp"
+#include "nn/standard_output.hpp"
 #include "sampling.hpp"
 #include "sd35/vae.hpp"
 
@@ -253,16 +253,16 @@ int run(Arguments& a) {
                 {{"parameters", parameters(a, entries, images[0])}, {"Software", "linattn"}});
 
   if (a.json) {
-    std::cout << report(a, entries, images[0], rt.workers(), decode_seconds)
-                     .dump(2, ' ', false, nlohmann::json::error_handler_t::replace)
-              << std::endl;
+    nn::print_text(report(a, entries, images[0], rt.workers(), decode_seconds)
+                       .dump(2, ' ', false, nlohmann::json::error_handler_t::replace) +
+                   "\n");
     return 0;
   }
   for (const Entry& entry : entries)
-    std::printf("%s: %s, %td of %td attentions linear, %.1f ms a step\n", entry.path.c_str(),
-                entry.label().c_str(), entry.model->converted_modules(), entry.model->modules(),
-                entry.median());
-  std::printf("%s\n", a.output.c_str());
+    nn::print("%s: %s, %td of %td attentions linear, %.1f ms a step\n", entry.path.c_str(),
+              entry.label().c_str(), entry.model->converted_modules(), entry.model->modules(),
+              entry.median());
+  nn::print("%s\n", a.output.c_str());
   return 0;
 }
 

@@ -5,16 +5,18 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
-#include <iostream>
+#include <functional>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include <CLI/CLI.hpp>
 #include <linattn/weights/inherit.hpp>
 
+#include "nn/command.hpp"
 #include "nn/signals.hpp"
+#include "nn/standard_output.hpp"
 
 namespace {
 
@@ -65,15 +67,15 @@ struct Arguments {
   linattn::FamilyOptions family;
 };
 
-int fail(const std::string& sentence) {
-  std::cerr << "linattn-inherit: " << sentence << "\n";
-  return 2;
+void expect(const linattn::FileStatus& status) {
+  if (!status.ok()) throw std::runtime_error(message(status));
 }
 
 int run(const Arguments& arguments) {
+  if (arguments.output.empty() && !arguments.dry_run)
+    throw std::runtime_error("output: is required, unless --dry-run is given");
   linattn::Checkpoint checkpoint;
-  if (const auto status = linattn::open_checkpoint(arguments.input, checkpoint); !status.ok())
-    return fail(message(status));
+  expect(linattn::open_checkpoint(arguments.input, checkpoint));
 
   linattn::InheritOptions options{.replace = arguments.replace,
                                   .conv = !arguments.no_conv,
@@ -83,8 +85,7 @@ int run(const Arguments& arguments) {
   if (arguments.init == "official") {
     options.init = linattn::Initialisation::official;
   } else if (arguments.init != "zero-conv") {
-    if (const auto status = linattn::Safetensors::open(arguments.init, init_file); !status.ok())
-      return fail(message(status));
+    expect(linattn::Safetensors::open(arguments.init, init_file));
     options.init = linattn::Initialisation::file;
     options.init_file = &init_file;
   }
@@ -96,15 +97,14 @@ int run(const Arguments& arguments) {
 
   linattn::Plan plan;
   const auto planned = make_plan(checkpoint, options, plan);
-  if (!planned.ok() && plan.mismatches.empty()) return fail(message(planned));
+  if (plan.mismatches.empty()) expect(planned);
   const std::string report = linattn::report_json(plan).dump(2) + "\n";
-  std::cout << (arguments.json ? report : linattn::report_table(plan)) << std::flush;
+  nn::print_text(arguments.json ? report : linattn::report_table(plan));
   if (!arguments.report.empty()) {
     const nn::Unfinished unfinished;
-    if (const auto status = linattn::write_file(arguments.report, report); !status.ok())
-      return fail(message(status));
+    expect(linattn::write_file(arguments.report, report));
   }
-  if (!planned.ok()) return fail(message(planned));
+  expect(planned);
   if (arguments.dry_run) return 0;
 
   ProgressBar progress;
@@ -114,13 +114,11 @@ int run(const Arguments& arguments) {
     status = apply(checkpoint, plan, options, arguments.output, arguments.force, std::ref(progress));
     progress.finish();
   }
-  if (!status.ok()) {
-    const bool exists = status.detail == "exists already";
-    return fail(message(status) + (exists ? " (--force replaces it)" : ""));
-  }
+  if (status.detail == "exists already") status.detail += " (--force replaces it)";
+  expect(status);
   std::fprintf(stderr, "wrote %s in %.1f s\n", arguments.output.c_str(), progress.seconds());
   if (options.init != linattn::Initialisation::file)
-    std::cerr << "its new weights are untrained: until it is fine-tuned, what it gives is broken\n";
+    std::fprintf(stderr, "its new weights are untrained: until it is fine-tuned, what it gives is broken\n");
   return 0;
 }
 
@@ -174,17 +172,5 @@ int main(int argc, char** argv) {
       "  linattn-inherit --drop-cls deit_tiny.safetensors deit_tiny_t5.safetensors\n"
       "  linattn-inherit --drop-cls --inner-model mlp --no-conv deit_tiny.safetensors ttt_v0.safetensors\n"
       "  linattn-inherit --weights ema DiT-XL-2-256x256.safetensors DiT5-XL-2.safetensors");
-  try {
-    app.parse(argc, argv);
-    if (arguments.output.empty() && !arguments.dry_run)
-      throw CLI::ValidationError("output", "is required, unless --dry-run is given");
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-  nn::handle_signals(app.get_name());
-  try {
-    return run(arguments);
-  } catch (const std::exception& error) {
-    return fail(error.what());
-  }
+  return nn::run_command(app, argc, argv, [&] { return run(arguments); });
 }

@@ -3,32 +3,12 @@
 
 #include <CLI/CLI.hpp>
 
-#include <cstdio>
-#include <exception>
-#include <new>
-
-#include "signals.hpp"
+#include <functional>
 
 namespace nn {
 
-// Parses the command line and calls run(), whose result is the exit code. After a wrong command line or an exception it
-// is 2, and stderr says in one sentence why.
-template <class Run>
-[[nodiscard]] int run_command(CLI::App& app, int count, char** values, const Run& run) {
-  try {
-    app.parse(count, values);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-  handle_signals(app.get_name());
-  try {
-    return run();
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "%s: out of memory\n", app.get_name().c_str());
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s: %s\n", app.get_name().c_str(), error.what());
-  }
-  return 2;
-}
+// Parses the command line and calls run(), whose result is the exit code. After a wrong command line, an exception or a
+// failure of standard output it is 2, and one line on stderr says why. Prints through nn/standard_output.hpp.
+[[nodiscard]] int run_command(CLI::App& app, int count, char** values, const std::function<int()>& run);
 
 }  // namespace nn

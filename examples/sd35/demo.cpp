@@ -20,6 +20,7 @@
 #include "embeddings.hpp"
 #include "nn/command.hpp"
 #include "nn/progress.hpp"
+#include "nn/standard_output.hpp"
 #include "pipeline.hpp"
 
 namespace {
@@ -120,23 +121,22 @@ void measure(sd35::Runtime& rt, const Arguments& a, std::array<Row, 2>& rows) {
 }
 
 void print(const Arguments& a, const std::array<Row, 2>& rows, Index threads) {
-  std::printf("\nms a step (prompt and negative prompt, %td threads) by the image tokens of the picture\n",
-              threads);
-  std::printf("%-10s %-18s", "attention", "modules replaced");
-  for (const auto& size : sizes) std::printf(" %8td", size.first);
-  std::printf("\n");
+  nn::print("\nms a step (prompt and negative prompt, %td threads) by the image tokens of the picture\n",
+            threads);
+  nn::print("%-10s %-18s", "attention", "modules replaced");
+  for (const auto& size : sizes) nn::print(" %8td", size.first);
+  nn::print("\n");
   for (const Row& row : rows) {
     const std::string replaced =
         std::to_string(row.picture.converted_modules) + " of " + std::to_string(row.picture.modules);
-    std::printf("%-10s %-18s", row.name.c_str(), replaced.c_str());
-    for (const double time : row.milliseconds)
-      time > 0 ? std::printf(" %8.1f", time) : std::printf(" %8s", "-");
-    std::printf("\n");
+    nn::print("%-10s %-18s", row.name.c_str(), replaced.c_str());
+    for (const double time : row.milliseconds) time > 0 ? nn::print(" %8.1f", time) : nn::print(" %8s", "-");
+    nn::print("\n");
   }
-  std::printf("\npictures: %s, %s; both: %s\n", (a.out / "softmax.png").c_str(), (a.out / "t5.png").c_str(),
-              (a.out / "side_by_side.png").c_str());
+  nn::print("\npictures: %s, %s; both: %s\n", (a.out / "softmax.png").c_str(), (a.out / "t5.png").c_str(),
+            (a.out / "side_by_side.png").c_str());
   if (!a.trained)
-    std::printf(
+    nn::print(
         "\nNote: this model's weights are random, so its pictures show patterns and not the prompt. And a "
         "T5\n"
         "conversion is broken by nature until it is fine-tuned: its attention starts from new fast weights, "

@@ -6,13 +6,13 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <iostream>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "nn/command.hpp"
 #include "nn/progress.hpp"
+#include "nn/standard_output.hpp"
 #include "pipeline.hpp"
 
 namespace {
@@ -220,11 +220,11 @@ int run(Arguments& a) {
         std::fprintf(stderr, "  %-10s %8.3f s\n", stage.name.c_str(), stage.seconds);
     }
     if (a.json)
-      std::cout << report(picture, output, rt.workers())
-                       .dump(count > 1 ? -1 : 2, ' ', false, nlohmann::json::error_handler_t::replace)
-                << std::endl;
+      nn::print_text(report(picture, output, rt.workers())
+                         .dump(count > 1 ? -1 : 2, ' ', false, nlohmann::json::error_handler_t::replace) +
+                     "\n");
     else
-      std::cout << output.string() << std::endl;
+      nn::print_text(output.string() + "\n");
   });
   return 0;
 }
