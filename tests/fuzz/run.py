@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Fuzzes for some time and says what came of it: run.py BUILD --seconds N [TARGET...]
+
+What a target finds is kept in BUILD/fuzz/TARGET/crash-*; inputs that reach new code are kept in BUILD/fuzz/TARGET/corpus and
+are where the next run goes on. --minimise writes the smallest corpus with the same coverage to tests/fuzz/corpus instead.
+"""
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+SEEDS = pathlib.Path(__file__).resolve().parent / "corpus"
+# An input that takes 10 s, or 2 GB, is a finding as well. A single allocation may be what the largest picture takes.
+LIMITS = ["-timeout=10", "-rss_limit_mb=2048", "-malloc_limit_mb=1024"]
+
+
+def fuzz(program, seconds, work):
+    name = program.name.removeprefix("fuzz_")
+    corpus = work / name / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    seeds = [str(SEEDS / name)] if (SEEDS / name).is_dir() else []
+    before = set(work.glob(f"{name}/*-*"))
+    with open(work / name / "log", "w") as log:
+        code = subprocess.run([program, f"-max_total_time={seconds}", *LIMITS, "-print_final_stats=1", "-max_len=4096", "-use_value_profile=1", f"-dict={SEEDS.parent / 'words.dict'}",
+                               f"-artifact_prefix={work / name}/", corpus, *seeds],
+                              stdout=log, stderr=subprocess.STDOUT).returncode
+    text = (work / name / "log").read_text(errors="replace")
+    executions = re.search(r"number_of_executed_units: (\d+)", text) or re.search(r"(?s:.*)^#(\d+)", text, re.M)
+    rate = re.search(r"average_exec_per_sec: *(\d+)", text)
+    coverage = re.findall(r"cov: (\d+)", text)
+    found = sorted(set(work.glob(f"{name}/*-*")) - before)
+    return {"name": name, "failed": code != 0, "executions": int(executions[1]) if executions else 0,
+            "rate": int(rate[1]) if rate else 0, "coverage": coverage[-1] if coverage else "?", "found": found,
+            "text": text}
+
+
+def minimise(program, work):
+    name = program.name.removeprefix("fuzz_")
+    with tempfile.TemporaryDirectory(dir=work) as merged:
+        subprocess.run([program, "-merge=1", *LIMITS, merged, SEEDS / name, work / name / "corpus"], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        shutil.copytree(merged, SEEDS / name, dirs_exist_ok=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("build", type=pathlib.Path)
+    parser.add_argument("targets", nargs="*")
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--minimise", action="store_true")
+    parser.add_argument("-j", "--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    a = parser.parse_intermixed_args()
+    programs = {p.name.removeprefix("fuzz_"): p.resolve() for p in sorted((a.build / "tests/fuzz").glob("fuzz_*"))
+                if p.is_file() and os.access(p, os.X_OK)}
+    if unknown := [t for t in a.targets if t not in programs]:
+        sys.exit(f"unknown target: {unknown[0]} (there are: {', '.join(programs)})")
+    chosen = [programs[t] for t in a.targets or programs]
+    work = (a.build / "fuzz").resolve()
+    if a.minimise:
+        for program in chosen:
+            minimise(program, work)
+        return
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
+        for result in pool.map(lambda p: fuzz(p, a.seconds, work), chosen):
+            print("{name:20} {executions:>10} executions, {rate:>6}/s, {coverage:>6} edges: ".format(**result)
+                  + ("FAILED" if result["failed"] else "nothing found"), flush=True)
+            if result["failed"]:
+                failed += 1
+                print(result["text"][-4000:])
+                for path in result["found"]:
+                    print(f"again with: {a.build}/tests/fuzz/fuzz_{result['name']} {path}")
+    print(f"{len(chosen) - failed} passed, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
