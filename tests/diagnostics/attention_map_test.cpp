@@ -280,6 +280,32 @@ TEST_CASE("maps keep NaN, and allocate nothing") {
   }
 }
 
+TEST_CASE_TEMPLATE("a hidden key cannot be observed in a softmax map", T, float, bfloat16, double) {
+  using C = Compute<T>;
+  const Index queries = 9, keys = 12, hidden = 4;
+  Buffer<T, 4> q({1, queries, 1, 8}), k({1, keys, 1, 8}), poisoned({1, keys, 1, 8});
+  Buffer<C, 4> bias({1, 1, queries, keys}), map({1, 1, queries, keys}), expected({1, 1, queries, keys});
+  fill_normal(q.view(), 1);
+  fill(bias.view(), 0.0);
+  for (Index i = 0; i < queries; ++i) bias.view()(0, 0, i, hidden) = -std::numeric_limits<C>::infinity();
+  for (const double poison : {std::nan(""), HUGE_VAL, -HUGE_VAL})
+    for (const bool causal : {false, true}) {
+      CAPTURE(poison);
+      CAPTURE(causal);
+      for (const auto* to : {&k, &poisoned}) fill_normal(to->view(), 2);
+      for (Index c = 0; c < 8; ++c) {
+        const Index last = causal ? keys - 1 : hidden;  // the last query alone sees it
+        k.view()(0, hidden, 0, c) = k.view()(0, last, 0, c) = convert<T>(0.0);
+        poisoned.view()(0, hidden, 0, c) = poisoned.view()(0, last, 0, c) = convert<T>(poison);
+      }
+      const SoftmaxMapOptions<C> options{.causal = causal, .bias = bias.view()};
+      check_ok(softmax_attention_map(Cpu{}, q.view(), k.view(), expected.view(), options));
+      check_ok(softmax_attention_map(Cpu{}, q.view(), poisoned.view(), map.view(), options));
+      const Index count = causal ? queries - 1 : queries;
+      CHECK(same_bits(slice<2>(map.view(), 0, count), slice<2>(expected.view(), 0, count)));
+    }
+}
+
 TEST_CASE("every bad argument has its status") {
   Problem<Variant<Mlp, InnerProduct>, float> p(2, 10, 12, 2, 4);
   p.prologue({0, 2, 5});

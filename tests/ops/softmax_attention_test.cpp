@@ -2,6 +2,7 @@
 
 #include "../reference/softmax_attention.hpp"
 #include "../support.hpp"
+#include "hidden_keys.hpp"
 
 using namespace linattn;
 using namespace support;
@@ -234,6 +235,27 @@ TEST_CASE_TEMPLATE("a query does not see the others, and a causal one not the la
     if (causal)
       CHECK(convert<float>(other.out.view()(0, 70, 0, 0)) != convert<float>(c.out.view()(0, 70, 0, 0)));
   }
+}
+
+TEST_CASE_TEMPLATE("a hidden key cannot be observed, whatever its bits", T, float, half, bfloat16, double) {
+  const auto run = [](const hidden_keys::Problem<T>& p) {
+    const auto options = p.options(p.bias.view(), p.lse.view());
+    Scratch scratch(
+        softmax_attention_workspace(Cpu{}, p.q.view(), p.k.view(), p.v.view(), p.out.view(), options));
+    check_ok(softmax_attention(Cpu{scratch.workspace()}, p.q.view(), p.k.view(), p.v.view(), p.out.view(),
+                               options));
+  };
+  // On and beside the edges of panels and of blocks, fewer queries than keys and more.
+  for (const hidden_keys::Shape& shape : {hidden_keys::Shape{1, 3, 2, 1, 1, 1},
+                                          {1, 100, 100, 1, 8, 8},
+                                          {2, 33, 137, 2, 64, 40},
+                                          {1, 150, 70, 1, 16, 64},
+                                          {1, 1, 129, 2, 40, 9},
+                                          {1, 300, 300, 1, 8, 16},
+                                          {1, 40, 65, 1, 130, 300}})
+    hidden_keys::check<T>(shape, run);
+  hidden_keys::check_blind<T>({1, 70, 150, 2, 24, 24}, run);
+  hidden_keys::check_bias<T>(run);
 }
 
 TEST_CASE_TEMPLATE("softmax_attention gives the same bits for any layout and any threads", T, float, bfloat16,

@@ -33,7 +33,8 @@
 //
 // Shapes    q (b, nq, h, d), k, v (b, nk, h, d); weights as in ttt; out (b, h, rows, nk) in Compute<T>, rows =
 //           nq, or those of `queries`: their tokens, in any order.
-// Numerics  closed form, no differences: all in Compute<T>, sums of d terms; |error| a few d eps of the sum of the
+// Numerics  a key that a query of softmax does not see has the entry 0 and no influence, be it NaN;
+//           closed form, no differences: all in Compute<T>, sums of d terms; |error| a few d eps of the sum of the
 //           absolute values of the terms (softmax: as softmax_attention). Relative L2 error of a map at
 //           w ~ d^-1/2: float 4e-7 (2e-6 is tested). Bitwise equal for any layout, any number of workers, and for a
 //           row alone or among others.

@@ -350,8 +350,8 @@ template <ParallelPolicy P, class T>
     C* const p = out.pointer(b, h, row);
     C top = none;
     for (Index j = 0; j < seen; ++j) {
-      p[j] = scale * detail::dot<C>(q.pointer(b, i, h), k.pointer(b, j, h), d);
-      if (!options.bias.empty()) p[j] += options.bias(b, h, i, j);
+      const C added = options.bias.empty() ? C(0) : options.bias(b, h, i, j);
+      p[j] = added == none ? none : added + scale * detail::dot<C>(q.pointer(b, i, h), k.pointer(b, j, h), d);
       top = std::max(top, p[j]);
     }
     std::fill(p + seen, p + keys, C(0));

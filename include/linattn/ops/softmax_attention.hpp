@@ -4,8 +4,10 @@
 //   out[i, c] = sum_j p[i, j] v[j, c],   p[i, j] = exp(s[i, j] - lse[i]),   lse[i] = log sum_j exp(s[i, j])
 //
 // for every sample and head. With `causal`, query i sees the keys j <= i + (Nk - Nq): the last query sees all
-// keys. A query that sees no key, for that or because its bias is -infinity throughout, gets out = 0 and
-// lse = -infinity.
+// keys. A bias of -infinity hides a key from a query, too; no other value does. A query that sees no key gets
+// out = 0 and lse = -infinity.
+// A hidden key cannot be observed, whatever the bits of the key, of its value and, with `causal`, of its bias: the
+// query's results have the bits that they have with zeros there. A NaN that is seen reaches all queries that see it.
 //
 // Shapes: q (b, Nq, h, d), k (b, Nk, h, d), v (b, Nk, h, dv), out (b, Nq, h, dv); bias (b, h, Nq, Nk), the
 // batch stride may be 0; lse (b, Nq, h). Channels are dense, as are the keys of the bias; other strides are

@@ -4,6 +4,9 @@
 // S^T [key][query], come from the keys as they lie. Maximum, exponential and sum then run down the keys lane
 // by lane, and S^T is already the packed panel that the product with the values takes. No transpose of the
 // keys and no reduction across lanes occurs.
+//
+// A weight of 0 would not hide a value that is not finite. Where a mask hides keys, such values are 0 in the
+// product, and are added afterwards for the queries that see them.
 #pragma once
 
 #include <algorithm>
@@ -96,7 +99,8 @@ LINATTN_NOINLINE void pack_bias(const C* bias, Index query_stride, Index queries
                 -std::numeric_limits<C>::infinity());
 }
 
-// logits[j][i] = scale k[j] . q[i] (+ what is there), and the maximum over j into block_max[i].
+// logits[j][i] = scale k[j] . q[i] (+ what is there; -infinity stays, whatever the product), and the maximum
+// over j into block_max[i].
 template <bool biased, class C>
 LINATTN_NOINLINE void panel_logits(const C* k, Index head_dim, Index keys, const C* q, C scale, C* logits,
                                    C* block_max) {
@@ -108,7 +112,12 @@ LINATTN_NOINLINE void panel_logits(const C* k, Index head_dim, Index keys, const
                    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
                      unroll<2>([&](auto p) LINATTN_INLINE_LAMBDA {
                        C* const at = logits + (row + r) * panel + p * P::size;
-                       const P s = biased ? fma(sums[r][p], P(scale), P::load(at)) : sums[r][p] * P(scale);
+                       P s = sums[r][p] * P(scale);
+                       if constexpr (biased) {
+                         const P added = P::load(at);
+                         s = select_less(added, P(std::numeric_limits<C>::lowest()), added,
+                                         fma(sums[r][p], P(scale), added));
+                       }
                        s.store(at);
                        top[p] = max(top[p], s);
                      });
@@ -161,6 +170,42 @@ LINATTN_NOINLINE void panel_values(const C* v, Index value_dim, Index keys, cons
                      });
                    });
                  });
+}
+
+template <class C>
+[[nodiscard]] LINATTN_INLINE bool is_finite(C value) {
+  return value - value == C(0);
+}
+
+// 0 times a number is NaN where that is not finite. Four sums, so that none waits for itself.
+template <class C>
+[[nodiscard]] LINATTN_NOINLINE bool all_finite(const C* values, Index count) {
+  using P = Pack<C>;
+  P sums[4] = {P::zero(), P::zero(), P::zero(), P::zero()};
+  Index i = 0;
+  for (; i + 4 * P::size <= count; i += 4 * P::size)
+    unroll<4>([&](auto n) LINATTN_INLINE_LAMBDA {
+      sums[n] = fma(P::load(values + i + n * P::size), P::zero(), sums[n]);
+    });
+  C sum = reduce_add(sums[0] + sums[1] + (sums[2] + sums[3]));
+  for (; i < count; ++i) sum += values[i] * C(0);
+  return sum == C(0);
+}
+
+// out[c][i] += e[j][i] v[j][c] for the values that are not finite and the queries that see them.
+template <class C, class T, class Sees>
+LINATTN_NOINLINE void add_not_finite(const T* v, Index token_stride, Index keys, Index value_dim, const C* e,
+                                     Index queries, const Sees& sees, C* out) {
+  constexpr Index panel = Tile<C>::columns;
+  for (Index j = 0; j < keys; ++j, v += token_stride) {
+    if (std::all_of(v, v + value_dim, [](T value) { return is_finite(convert<C>(value)); })) continue;
+    for (Index i = 0; i < std::min(panel, queries); ++i) {
+      if (!sees(i, j)) continue;
+      for (Index c = 0; c < value_dim; ++c)
+        if (const C value = convert<C>(v[c]); !is_finite(value))
+          out[c * panel + i] += e[j * panel + i] * value;
+    }
+  }
 }
 
 // The rows of out, from one pack's width of a panel: out[i][c] = from[c][i] / sum[i].
@@ -240,6 +285,11 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
     const Index keys = std::min(plan.keys, k.extent(1) - first_key);
     copy_tokens(k.pointer(b, first_key, h), k.stride(1), keys, d, work.k);
     copy_tokens(v.pointer(b, first_key, h), v.stride(1), keys, dv, work.v);
+    const bool hides = biased || first_key + keys > visible(1);
+    const bool finite = !hides || all_finite(work.v, keys * dv);
+    if (!finite)
+      std::replace_if(
+          work.v, work.v + keys * dv, [](C value) { return !is_finite(value); }, C(0));
     const Index next_key = first_key + keys;
     const Index next_keys = std::clamp(visible(queries) - next_key, Index{0}, plan.keys);
     for (Index i = 0; i < queries; i += panel) {
@@ -251,10 +301,11 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
       const Index last_visible = first_query + i + diagonal - first_key;  // in this block, to query i
       const bool masked = options.causal && last_visible < keys - 1;
       const C* const query = work.q + i * d;
+      const C* const bias = biased ? options.bias.pointer(b, h, first_query + i, first_key) : nullptr;
+      const Index bias_stride = biased ? options.bias.stride(2) : 0;
       alignas(64) C rescale[panel];
       if (biased || masked) {
-        pack_bias(biased ? options.bias.pointer(b, h, first_query + i, first_key) : nullptr,
-                  biased ? options.bias.stride(2) : 0, queries - i, keys, masked, last_visible, work.logits);
+        pack_bias(bias, bias_stride, queries - i, keys, masked, last_visible, work.logits);
         panel_logits<true>(work.k, d, keys, query, scale, work.logits, rescale);
       } else {
         panel_logits<false>(work.k, d, keys, query, scale, work.logits, rescale);
@@ -262,6 +313,14 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
       prefetch_tokens(v.pointer(b, next_key + first, h), v.stride(1), count, dv);
       panel_exponentials(work.logits, keys, work.max + i, work.sum + i, rescale);
       panel_values(work.v, dv, keys, work.logits, rescale, work.out + i * dv);
+      if (!finite)
+        add_not_finite(
+            v.pointer(b, first_key, h), v.stride(1), keys, dv, work.logits, queries - i,
+            [&](Index row, Index j) {
+              return !(masked && j > last_visible + row) &&
+                     !(biased && bias[row * bias_stride + j] == -std::numeric_limits<C>::infinity());
+            },
+            work.out + i * dv);
     }
   }
 
