@@ -66,4 +66,11 @@ fs::path write(std::string_view name, std::string_view content) {
   return path;
 }
 
+// A file that is renamed over another is written to the disk at once, as well.
+fs::path fresh(std::string_view name) {
+  fs::path path = folder() / name;
+  fs::remove(path);
+  return path;
+}
+
 }  // namespace fuzz

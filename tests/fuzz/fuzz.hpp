@@ -43,4 +43,7 @@ inline std::filesystem::path write(std::string_view name, const std::uint8_t* da
   return write(name, {reinterpret_cast<const char*>(data), size});
 }
 
+// The path of a file of that folder, which is not there.
+[[nodiscard]] std::filesystem::path fresh(std::string_view name);
+
 }  // namespace fuzz

@@ -26,7 +26,7 @@ def fuzz(program, seconds, work):
     seeds = [str(SEEDS / name)] if (SEEDS / name).is_dir() else []
     before = set(work.glob(f"{name}/*-*"))
     with open(work / name / "log", "w") as log:
-        code = subprocess.run([program, f"-max_total_time={seconds}", *LIMITS, "-print_final_stats=1", "-max_len=4096", "-use_value_profile=1", f"-dict={SEEDS.parent / 'words.dict'}",
+        code = subprocess.run([program, f"-max_total_time={seconds}", *LIMITS, "-print_final_stats=1", "-max_len=4096", "-len_control=0", f"-dict={SEEDS.parent / 'words.dict'}",
                                f"-artifact_prefix={work / name}/", corpus, *seeds],
                               stdout=log, stderr=subprocess.STDOUT).returncode
     text = (work / name / "log").read_text(errors="replace")

@@ -50,7 +50,7 @@ void read_all(const Safetensors& model) {
 void round_trip(const Safetensors& model) {
   std::vector<TensorInfo> tensors(model.tensors());
   linattn::SafetensorsWriter::align(tensors);
-  const auto path = fuzz::folder() / "again.safetensors";
+  const auto path = fuzz::fresh("again.safetensors");
   Safetensors again;
   linattn::FileStatus status = write_safetensors(path, tensors, model.metadata());
   if (status.ok()) status = Safetensors::open(path, again);
