@@ -3,10 +3,13 @@
 #include <utf8proc.h>
 
 #include <algorithm>
+#include <charconv>
 #include <functional>
 #include <queue>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <unordered_set>
 #include <utility>
 
 #include <linattn/weights/json.hpp>
@@ -61,6 +64,13 @@ const json& member(const json& object, const char* key) {
   return found == object.end() ? null : *found;
 }
 
+// A token that is looked for before the text is cut into pieces: in the text as it stands, or normalized in the
+// normalized text.
+struct Added {
+  std::string name;
+  bool normalized = false;
+};
+
 struct Vocabulary {
   fs::path ids_file;            // names the source in messages
   fs::path merges_file;         // likewise
@@ -68,7 +78,7 @@ struct Vocabulary {
   std::size_t first_merge = 0;  // number of the first merge in that unit
   Ids ids;
   std::vector<std::pair<std::string, std::string>> merges;
-  std::vector<std::string> special;
+  std::vector<Added> added;
   std::string unk_name{eos_name};
 
   [[noreturn]] void fail_at(std::size_t rank, const std::string& what) const {
@@ -89,12 +99,74 @@ Ids read_ids(const json& object, const fs::path& file) {
   return ids;
 }
 
-void check_unique(const Ids& ids, const fs::path& file) {
-  std::unordered_map<std::int32_t, const std::string*> seen;
-  for (const auto& [symbol, id] : ids)
-    if (const auto [other, fresh] = seen.emplace(id, &symbol); !fresh)
-      fail(file, "gives the id " + std::to_string(id) + " to both " + in_quotes(*other->second) + " and " +
+// Each id from 0 to the largest belongs to one symbol. Returns how many there are.
+std::int32_t check_numbering(const Ids& ids, const fs::path& file) {
+  std::vector<const std::string*> symbols(static_cast<std::size_t>(max_vocab));
+  std::int32_t count = 0;
+  for (const auto& [symbol, id] : ids) {
+    const std::string*& other = symbols[static_cast<std::size_t>(id)];
+    if (other != nullptr)
+      fail(file, "gives the id " + std::to_string(id) + " to both " + in_quotes(*other) + " and " +
                      in_quotes(symbol));
+    other = &symbol;
+    count = std::max(count, id + 1);
+  }
+  const auto gap = std::find(symbols.begin(), symbols.begin() + count, nullptr) - symbols.begin();
+  if (gap < count)
+    fail(file, "has no token with the id " + std::to_string(gap) + ", though its ids go up to " +
+                   std::to_string(count - 1));
+  return count;
+}
+
+void add_token(const std::string& name, const json& id, bool normalized, const fs::path& file,
+               Vocabulary& v) {
+  if (name.empty()) fail(file, "an added token is empty");
+  if (name.size() > AddedTokens::max_bytes)
+    fail(file, "the added token " + in_quotes(name) + " has " + std::to_string(name.size()) +
+                   " bytes; at most " + std::to_string(AddedTokens::max_bytes) + " are taken");
+  const std::int32_t number = checked_id(id, name, file);
+  if (v.ids.emplace(name, number).first->second != number) fail(file, "gives two ids to " + in_quotes(name));
+  v.added.push_back({name, normalized});
+}
+
+// An entry of added_tokens or added_tokens_decoder. Spaces around a token make none of CLIP's, so whether it takes
+// them away (lstrip, rstrip) is all one.
+void read_added_token(const json& token, const json& id, const fs::path& file, const char* list,
+                      Vocabulary& v) {
+  if (!token.is_object() || !member(token, "content").is_string())
+    fail(file, "an entry of " + std::string(list) + " has no content");
+  const std::string name = token["content"];
+  const auto flag = [&](const char* key) {
+    const json& value = member(token, key);
+    if (!value.is_null() && !value.is_boolean())
+      fail(file, std::string(key) + " of the added token " + in_quotes(name) + " is neither true nor false");
+    return value == true;
+  };
+  if (flag("single_word"))
+    fail(file, "the added token " + in_quotes(name) + " has single_word, which is not supported");
+  add_token(name, id, flag("normalized"), file, v);
+}
+
+// Those of a folder with merges.txt: in tokenizer_config.json by id, or else in added_tokens.json by name.
+void read_added_tokens(const fs::path& folder, Vocabulary& v) {
+  if (const fs::path file = folder / "tokenizer_config.json"; fs::exists(file)) {
+    const json config = read_json(file);
+    const json& tokens = member(config, "added_tokens_decoder");
+    if (!tokens.is_null() && !tokens.is_object()) fail(file, "added_tokens_decoder is not an object");
+    for (const auto& [number, token] : tokens.items()) {
+      std::uint32_t id = 0;
+      const char* const end = number.data() + number.size();
+      if (const auto [stop, error] = std::from_chars(number.data(), end, id);
+          error != std::errc{} || stop != end)
+        fail(file, "added_tokens_decoder has the key " + in_quotes(number) + ", which is not an id");
+      read_added_token(token, id, file, "added_tokens_decoder", v);
+    }
+    if (!tokens.is_null()) return;
+  }
+  if (const fs::path file = folder / "added_tokens.json"; fs::exists(file)) {
+    const json tokens = read_json(file);
+    for (const auto& [name, id] : tokens.items()) add_token(name, id, true, file, v);
+  }
 }
 
 std::pair<std::string, std::string> split_merge(std::string_view line, std::size_t rank,
@@ -104,28 +176,6 @@ std::pair<std::string, std::string> split_merge(std::string_view line, std::size
       line.find(' ', space + 1) != std::string_view::npos)
     v.fail_at(rank, "is not two symbols with a space between them: " + in_quotes(line));
   return {std::string(line.substr(0, space)), std::string(line.substr(space + 1))};
-}
-
-void read_merges_txt(const fs::path& file, Vocabulary& v) {
-  v.merges_file = file;
-  v.merge_unit = "line";
-  v.first_merge = 2;
-  const std::string content = read_small_file(file, max_file_bytes, "a CLIP vocabulary");
-  std::string_view rest = content;
-  while (!rest.empty() && (rest.back() == '\n' || rest.back() == '\r')) rest.remove_suffix(1);
-  const auto next_line = [&rest] {
-    const std::size_t end = std::min(rest.find('\n'), rest.size());
-    std::string_view line = rest.substr(0, end);
-    rest.remove_prefix(std::min(end + 1, rest.size()));
-    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
-    return line;
-  };
-  if (next_line().find("#version") == std::string_view::npos)
-    fail(file, "the first line is not a '#version' line, so this is not a list of BPE merges");
-  while (!rest.empty() && v.merges.size() < max_merges) {
-    const std::string_view line = next_line();
-    v.merges.push_back(split_merge(line, v.merges.size(), v));
-  }
 }
 
 void read_tokenizer_json(const fs::path& file, Vocabulary& v) {
@@ -146,15 +196,7 @@ void read_tokenizer_json(const fs::path& file, Vocabulary& v) {
 
   const json& added = member(root, "added_tokens");
   if (!added.is_null() && !added.is_array()) fail(file, "added_tokens is not an array");
-  for (const json& token : added) {
-    if (!token.is_object() || !member(token, "content").is_string())
-      fail(file, "an entry of added_tokens has no content");
-    const std::string name = token["content"];
-    if (name.empty()) fail(file, "an entry of added_tokens is empty");
-    v.special.push_back(name);
-    const std::int32_t id = checked_id(member(token, "id"), name, file);
-    if (v.ids.emplace(name, id).first->second != id) fail(file, "gives two ids to " + in_quotes(name));
-  }
+  for (const json& token : added) read_added_token(token, member(token, "id"), file, "added_tokens", v);
 
   const json& merges = member(model, "merges");
   if (!merges.is_array()) fail(file, "has no array model.merges");
@@ -214,6 +256,29 @@ void number_by_rule(const ByteSymbols& bytes, Vocabulary& v) {
   v.ids.emplace(eos_name, next++);
 }
 
+void read_merges_txt(const fs::path& file, const ByteSymbols& bytes, Vocabulary& v) {
+  v.merges_file = file;
+  v.merge_unit = "line";
+  v.first_merge = 2;
+  const std::string content = read_small_file(file, max_file_bytes, "a CLIP vocabulary");
+  std::string_view rest = content;
+  while (!rest.empty() && (rest.back() == '\n' || rest.back() == '\r')) rest.remove_suffix(1);
+  const auto next_line = [&rest] {
+    const std::size_t end = std::min(rest.find('\n'), rest.size());
+    std::string_view line = rest.substr(0, end);
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+    return line;
+  };
+  if (next_line().find("#version") == std::string_view::npos)
+    fail(file, "the first line is not a '#version' line, so this is not a list of BPE merges");
+  while (!rest.empty() && v.merges.size() < max_merges) {
+    const std::string_view line = next_line();
+    v.merges.push_back(split_merge(line, v.merges.size(), v));
+  }
+  if (v.ids_file.empty()) number_by_rule(bytes, v);
+}
+
 // The token that a folder's configuration names by `key` ("pad_token"): a string, or an object with
 // `content`.
 std::optional<std::string> configured_token(const fs::path& folder, const char* key) {
@@ -233,9 +298,37 @@ std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
   return std::uint64_t{static_cast<std::uint32_t>(left)} << 32 | static_cast<std::uint32_t>(right);
 }
 
-// Code points in NFC and lower case, by the full mapping of single characters (no final sigma): what the
-// normalizers NFC and Lowercase of CLIPTokenizerFast give.
-std::vector<CodePoint> normalize(std::string_view text) {
+enum class Class { space, letter, number, other };
+
+Class class_of(CodePoint c) {
+  switch (utf8proc_category(c)) {
+    case UTF8PROC_CATEGORY_LU:
+    case UTF8PROC_CATEGORY_LL:
+    case UTF8PROC_CATEGORY_LT:
+    case UTF8PROC_CATEGORY_LM:
+    case UTF8PROC_CATEGORY_LO:
+      return Class::letter;
+    case UTF8PROC_CATEGORY_ND:
+    case UTF8PROC_CATEGORY_NL:
+    case UTF8PROC_CATEGORY_NO:
+      return Class::number;
+    case UTF8PROC_CATEGORY_ZS:
+    case UTF8PROC_CATEGORY_ZL:
+    case UTF8PROC_CATEGORY_ZP:
+      return Class::space;
+    default:  // White_Space holds six control characters besides the separators
+      return (c >= 9 && c <= 13) || c == 0x85 ? Class::space : Class::other;
+  }
+}
+
+void append_utf8(CodePoint c, std::string& out) {
+  utf8proc_uint8_t utf8[4];
+  out.append(utf8, utf8 + utf8proc_encode_char(c, utf8));
+}
+
+// NFC, a space for each run of white space, lower case by the full mapping of single characters (no final sigma):
+// what the normalizers of CLIPTokenizerFast give.
+std::string normalize(std::string_view text) {
   constexpr auto nfc = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
   std::vector<CodePoint> points;
   points.reserve(text.size());
@@ -263,58 +356,56 @@ std::vector<CodePoint> normalize(std::string_view text) {
   points.resize(static_cast<std::size_t>(
       utf8proc_normalize_utf32(points.data(), static_cast<utf8proc_ssize_t>(points.size()), nfc)));
 
-  std::vector<CodePoint> lower;
-  lower.reserve(points.size());
+  std::string lower;
+  lower.reserve(text.size());
   for (const CodePoint c : points) {
-    if (c == 0x130) {  // the one letter whose lower case is two code points: i and a dot above
-      lower.insert(lower.end(), {'i', 0x307});
+    if (class_of(c) == Class::space) {
+      if (!lower.ends_with(' ')) lower += ' ';
+    } else if (c == 0x130) {  // the one letter whose lower case is two code points: i and a dot above
+      lower += "i\xcc\x87";
     } else {
-      lower.push_back(utf8proc_tolower(c));
+      append_utf8(utf8proc_tolower(c), lower);
     }
   }
   return lower;
 }
 
-enum class Class { space, letter, number, other };
-
-Class class_of(CodePoint c) {
-  switch (utf8proc_category(c)) {
-    case UTF8PROC_CATEGORY_LU:
-    case UTF8PROC_CATEGORY_LL:
-    case UTF8PROC_CATEGORY_LT:
-    case UTF8PROC_CATEGORY_LM:
-    case UTF8PROC_CATEGORY_LO:
-      return Class::letter;
-    case UTF8PROC_CATEGORY_ND:
-    case UTF8PROC_CATEGORY_NL:
-    case UTF8PROC_CATEGORY_NO:
-      return Class::number;
-    case UTF8PROC_CATEGORY_ZS:
-    case UTF8PROC_CATEGORY_ZL:
-    case UTF8PROC_CATEGORY_ZP:
-      return Class::space;
-    default:  // White_Space holds six control characters besides the separators
-      return (c >= 9 && c <= 13) || c == 0x85 ? Class::space : Class::other;
-  }
+// The first character of well-formed text, and its bytes.
+std::pair<Class, std::size_t> first_class(std::string_view text) {
+  CodePoint c = 0;
+  const auto size = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                                     static_cast<utf8proc_ssize_t>(text.size()), &c);
+  return {class_of(c), static_cast<std::size_t>(size)};
 }
 
-bool starts_with(const std::vector<CodePoint>& text, std::size_t at, std::string_view ascii) {
-  return text.size() - at >= ascii.size() &&
-         std::equal(ascii.begin(), ascii.end(), text.begin() + static_cast<std::ptrdiff_t>(at),
-                    [](char a, CodePoint c) { return a == c; });
-}
-
-// The end of the piece that begins at `at`, which is no space and begins no special token.
-std::size_t end_of_piece(const std::vector<CodePoint>& text, std::size_t at) {
+// The bytes of the piece that normalized text, which begins with no space, begins with.
+std::size_t piece_size(std::string_view text) {
   for (const std::string_view contraction : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
-    if (starts_with(text, at, contraction)) return at + contraction.size();
-  const Class kind = class_of(text[at]);
-  std::size_t end = at + 1;
-  if (kind == Class::number) return end;
-  while (end < text.size() && class_of(text[end]) == kind && !starts_with(text, end, bos_name) &&
-         !starts_with(text, end, eos_name))
-    ++end;
-  return end;
+    if (text.starts_with(contraction)) return contraction.size();
+  auto [kind, size] = first_class(text);
+  if (kind == Class::number) return size;
+  while (size < text.size()) {
+    const auto [next, bytes] = first_class(text.substr(size));
+    if (next != kind) break;
+    size += bytes;
+  }
+  return size;
+}
+
+// Those looked for in the text as it stands, and those in the normalized text. What is said first of a name counts.
+std::pair<AddedTokens, AddedTokens> added_tokens(const Vocabulary& v) {
+  std::vector<std::pair<std::string, std::int32_t>> as_written, normalized;
+  std::unordered_set<std::string_view> names;
+  Ids by_text;
+  for (const Added& token : v.added) {
+    if (!names.insert(token.name).second) continue;
+    const std::int32_t id = v.ids.at(token.name);
+    const std::string text = token.normalized ? normalize(token.name) : token.name;
+    if (token.normalized && by_text.emplace(text, id).first->second != id)
+      fail(v.ids_file, "has two added tokens that are " + in_quotes(text) + " in normalized text");
+    (token.normalized ? normalized : as_written).emplace_back(text, id);
+  }
+  return {AddedTokens(std::move(as_written)), AddedTokens(std::move(normalized))};
 }
 
 }  // namespace
@@ -328,7 +419,8 @@ ClipTokenizer ClipTokenizer::load(const fs::path& folder_or_file) {
       v.ids_file = file;
       v.ids = read_ids(read_json(file), file);
     }
-    read_merges_txt(folder_or_file / "merges.txt", v);
+    read_merges_txt(folder_or_file / "merges.txt", bytes, v);
+    read_added_tokens(folder_or_file, v);
   } else if (folder && fs::exists(folder_or_file / "tokenizer.json")) {
     read_tokenizer_json(folder_or_file / "tokenizer.json", v);
   } else if (folder) {
@@ -336,10 +428,8 @@ ClipTokenizer ClipTokenizer::load(const fs::path& folder_or_file) {
   } else if (folder_or_file.extension() == ".json") {
     read_tokenizer_json(folder_or_file, v);
   } else {
-    read_merges_txt(folder_or_file, v);
+    read_merges_txt(folder_or_file, bytes, v);
   }
-  if (v.ids_file.empty()) number_by_rule(bytes, v);
-  check_unique(v.ids, v.ids_file);
 
   ClipTokenizer out;
   const auto find = [&v](const std::string& symbol) {
@@ -351,26 +441,26 @@ ClipTokenizer ClipTokenizer::load(const fs::path& folder_or_file) {
     if (id == no_id) fail(v.ids_file, "lacks the " + std::string(role) + " token " + in_quotes(symbol));
     return id;
   };
+  std::vector<Added> others{};  // what the files name without saying how it is looked for
   out.bos_ = required(std::string(bos_name), "first");
   out.eos_ = required(std::string(eos_name), "last");
+  out.vocab_size_ = check_numbering(v.ids, v.ids_file);
   if (folder) {
     if (const auto unk = configured_token(folder_or_file, "unk_token")) v.unk_name = *unk;
     if (const auto pad = configured_token(folder_or_file, "pad_token")) {
       out.pad_ = required(*pad, "padding");
-      v.special.push_back(*pad);
+      others.push_back({*pad});
     }
   }
   out.unk_ = required(v.unk_name, "unknown");
-  v.special.push_back(v.unk_name);
-  for (const std::string& name : v.special)
-    if (name != bos_name && name != eos_name) out.special_.emplace_back(name, find(name));
-  std::sort(out.special_.begin(), out.special_.end(),
-            [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
+  others.push_back({v.unk_name});
+  for (const std::string_view name : {bos_name, eos_name}) v.added.push_back({std::string(name), true});
+  v.added.insert(v.added.end(), others.begin(), others.end());
+  std::tie(out.as_written_, out.normalized_) = added_tokens(v);
   for (std::size_t b = 0; b < 256; ++b) {
     out.inner_[b] = find(bytes.text[b]);
     out.last_[b] = find(bytes.text[b] + std::string(end_of_word));
   }
-  for (const auto& [symbol, id] : v.ids) out.vocab_size_ = std::max(out.vocab_size_, id + 1);
 
   for (std::size_t rank = 0; rank < v.merges.size(); ++rank) {
     const auto& [left, right] = v.merges[rank];
@@ -440,45 +530,23 @@ std::vector<std::int32_t> ClipTokenizer::encode(std::string_view text) const {
     throw std::runtime_error("the prompt has " + std::to_string(text.size()) + " bytes; at most " +
                              std::to_string(max_text_bytes) + " are taken");
   std::vector<std::int32_t> ids;
-  std::size_t begin = 0;
-  for (std::size_t at = 0; at < text.size();) {
-    const auto found =
-        std::find_if(special_.begin(), special_.end(),
-                     [rest = text.substr(at)](const auto& token) { return rest.starts_with(token.first); });
-    if (found == special_.end()) {
-      ++at;
-    } else {
-      append_section(text.substr(begin, at - begin), ids);
-      ids.push_back(found->second);
-      begin = at += found->first.size();
-    }
-  }
-  append_section(text.substr(begin), ids);
+  const auto append = [&ids](std::int32_t id) { ids.push_back(id); };
+  as_written_.split(
+      text,
+      [&](std::string_view section) {
+        normalized_.split(
+            normalize(section), [&](std::string_view part) { append_pieces(part, ids); }, append);
+      },
+      append);
   return ids;
 }
 
-// BOS and EOS are looked for in the normalized text, as the fast tokenizer does; the others in the raw text.
-void ClipTokenizer::append_section(std::string_view text, std::vector<std::int32_t>& ids) const {
-  const std::vector<CodePoint> points = normalize(text);
-  std::string piece;
-  for (std::size_t at = 0; at < points.size();) {
-    if (starts_with(points, at, bos_name)) {
-      ids.push_back(bos_);
-      at += bos_name.size();
-    } else if (starts_with(points, at, eos_name)) {
-      ids.push_back(eos_);
-      at += eos_name.size();
-    } else if (class_of(points[at]) == Class::space) {
-      ++at;
-    } else {
-      const std::size_t end = end_of_piece(points, at);
-      piece.clear();
-      for (; at < end; ++at) {
-        utf8proc_uint8_t utf8[4];
-        piece.append(utf8, utf8 + utf8proc_encode_char(points[at], utf8));
-      }
-      append_bpe(piece, ids);
-    }
+void ClipTokenizer::append_pieces(std::string_view text, std::vector<std::int32_t>& ids) const {
+  while (!text.empty()) {
+    const bool space = text.front() == ' ';
+    const std::size_t size = space ? 1 : piece_size(text);
+    if (!space) append_bpe(text.substr(0, size), ids);
+    text.remove_prefix(size);
   }
 }
 

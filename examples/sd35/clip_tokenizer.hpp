@@ -11,15 +11,19 @@
 #include <utility>
 #include <vector>
 
+#include "added_tokens.hpp"
+
 namespace sd35 {
 
 /// Text to CLIP token ids, equal to transformers' CLIPTokenizerFast: NFC, lower case, split into letter runs,
 /// single digits, English contractions and runs of the rest, then byte-level BPE with `</w>` on the last symbol
 /// of a piece. Unicode is libutf8proc's: characters of another version of it may fall into another class.
 ///
-/// `<|startoftext|>` and `<|endoftext|>` in the text become their ids, and so do the other special tokens that
+/// `<|startoftext|>` and `<|endoftext|>` in the text become their ids, and so do the other added tokens that
 /// the files name, the padding token above all: every `!` of a prompt is id 0 in the tokenizer_2 of SD3.5, whose
-/// padding it is, but 256 or a part of another symbol in a tokenizer that pads with EOS.
+/// padding it is, but 256 or a part of another symbol in a tokenizer that pads with EOS. A token that is
+/// `normalized` is looked for in the normalized text, the others in the text as it stands. At each place the
+/// longest is taken.
 ///
 /// The slow CLIPTokenizer gives the same ids except where it sets CJK characters apart, drops control and format
 /// characters and knows the final sigma (without ftfy), or repairs the text first (with ftfy).
@@ -63,13 +67,13 @@ class ClipTokenizer {
 
   ClipTokenizer() = default;
   const Merge* find_merge(std::int32_t left, std::int32_t right) const;
-  void append_section(std::string_view text, std::vector<std::int32_t>& ids) const;
+  void append_pieces(std::string_view text, std::vector<std::int32_t>& ids) const;
   void append_bpe(std::string_view piece, std::vector<std::int32_t>& ids) const;
 
   std::array<std::int32_t, 256> inner_{};  // id of a byte inside a piece; no_id where the vocabulary lacks it
   std::array<std::int32_t, 256> last_{};   // id of a piece's last byte, which carries </w>
-  std::unordered_map<std::uint64_t, Merge> merges_;            // by the ids of the pair
-  std::vector<std::pair<std::string, std::int32_t>> special_;  // besides BOS and EOS, the longest first
+  std::unordered_map<std::uint64_t, Merge> merges_;  // by the ids of the pair
+  AddedTokens as_written_, normalized_;              // where they are looked for
   std::int32_t bos_ = 0;
   std::int32_t eos_ = 0;
   std::int32_t unk_ = 0;

@@ -29,6 +29,14 @@ fs::path tokenizer_folder(const fs::path& tokenizers, const char* folder, std::s
                            folder + " of the model's diffusers repository");
 }
 
+// A sentinel of T5 may lack its row in the embedding, which embed() says of the prompt that names it.
+void check_ids(const fs::path& tokenizer, std::int32_t ids, Component encoder, Index rows) {
+  if (ids > rows)
+    throw std::runtime_error(tokenizer.string() + ": the tokenizer has " + std::to_string(ids) +
+                             " ids, but the token embedding of the " + std::string(name(encoder)) + " has " +
+                             std::to_string(rows) + " rows");
+}
+
 // --- the official tokenization of CLIP ---
 
 // Escaped parentheses become bytes that no text holds, so that they neither nest nor show.
@@ -116,9 +124,9 @@ std::vector<ClipFeature<T>> run_clip(Runtime& rt, const TextSources& sources, Co
   if (options.on_encoder) options.on_encoder(name(component));
 
   // Both models share a vocabulary; CLIP-L is padded with the end token, CLIP-G with id 0.
-  const ClipTokenizer tokenizer =
-      ClipTokenizer::load(tokenizer_folder(sources.tokenizers, large ? "tokenizer" : "tokenizer_2",
-                                           name(component), {"merges.txt", "tokenizer.json"}));
+  const fs::path folder = tokenizer_folder(sources.tokenizers, large ? "tokenizer" : "tokenizer_2",
+                                           name(component), {"merges.txt", "tokenizer.json"});
+  const ClipTokenizer tokenizer = ClipTokenizer::load(folder);
   std::error_code ignored;
   const bool own_folder = fs::is_directory(sources.tokenizers / "tokenizer_2", ignored);
   const std::int32_t pad = large        ? tokenizer.pad_id().value_or(tokenizer.eos_id())
@@ -127,6 +135,7 @@ std::vector<ClipFeature<T>> run_clip(Runtime& rt, const TextSources& sources, Co
 
   const Checkpoint checkpoint = Checkpoint::open(path, component);
   const ClipText<T> model(checkpoint, ClipConfig::of(checkpoint, component));
+  check_ids(folder, tokenizer.vocab_size(), component, model.config().vocabulary);
   const Index length = model.config().positions;
   std::vector<ClipFeature<T>> result;
   for (const std::string& text : texts) {
@@ -158,9 +167,11 @@ T5Rows<T> run_t5(Runtime& rt, const TextSources& sources, std::span<const Prompt
   // are summed in another order, see run_clip, which the official way can come to.
   const std::size_t texts_at_once = options.official ? 1 : 16;
   if (options.on_encoder) options.on_encoder(name(Component::t5));
-  const T5Tokenizer tokenizer = T5Tokenizer::load(tokenizer_folder(
-      sources.tokenizers, "tokenizer_3", name(Component::t5), {"spiece.model", "tokenizer.json"}));
+  const fs::path folder = tokenizer_folder(sources.tokenizers, "tokenizer_3", name(Component::t5),
+                                           {"spiece.model", "tokenizer.json"});
+  const T5Tokenizer tokenizer = T5Tokenizer::load(folder);
   const T5Encoder<T> model(Checkpoint::open(sources.t5, Component::t5));
+  check_ids(folder, tokenizer.pieces(), Component::t5, model.vocabulary());
   const auto encode = [&](const std::string& text) {
     return options.official ? tokenizer.encode(first_characters(text, 226))
                             : tokenizer.encode_padded(text, static_cast<int>(options.t5_tokens));

@@ -35,6 +35,7 @@ class T5Encoder {
  public:
   explicit T5Encoder(const Checkpoint& checkpoint);
 
+  [[nodiscard]] Index vocabulary() const { return embedding_.extent(0); }
   [[nodiscard]] Index width() const { return embedding_.extent(1); }
 
   // Token ids of `batch` rows of equal length, one after the other -> (batch, tokens, width).

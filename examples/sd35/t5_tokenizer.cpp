@@ -100,21 +100,13 @@ bool has_sound_charsmap(std::string_view model) {
   return true;
 }
 
-struct SpecialToken {
-  std::int32_t id;
-  std::size_t length;
-};
-
-// The special token that `text` begins with. Sentinels are numbered downwards from the end of the vocabulary.
-std::optional<SpecialToken> special_token(std::string_view text, std::int32_t pieces) {
-  if (text.starts_with("<pad>")) return SpecialToken{T5Tokenizer::pad_id, 5};
-  if (text.starts_with("</s>")) return SpecialToken{T5Tokenizer::eos_id, 4};
-  if (text.starts_with("<unk>")) return SpecialToken{T5Tokenizer::unk_id, 5};
-  if (text.starts_with("<extra_id_"))
-    for (std::int32_t i = 0; i < sentinels; ++i)
-      if (const std::string name = "<extra_id_" + std::to_string(i) + ">"; text.starts_with(name))
-        return SpecialToken{pieces + sentinels - 1 - i, name.size()};
-  return std::nullopt;
+// Sentinels are numbered downwards from the end of the vocabulary.
+AddedTokens special_tokens(std::int32_t pieces) {
+  std::vector<std::pair<std::string, std::int32_t>> tokens = {
+      {"<pad>", T5Tokenizer::pad_id}, {"</s>", T5Tokenizer::eos_id}, {"<unk>", T5Tokenizer::unk_id}};
+  for (std::int32_t i = 0; i < sentinels; ++i)
+    tokens.emplace_back("<extra_id_" + std::to_string(i) + ">", pieces + sentinels - 1 - i);
+  return AddedTokens(std::move(tokens));
 }
 
 }  // namespace
@@ -145,6 +137,7 @@ T5Tokenizer T5Tokenizer::load(const fs::path& folder_or_file) {
   expect("<pad>", out.model_->pad_id(), pad_id);
   expect("</s>", out.model_->eos_id(), eos_id);
   expect("<unk>", out.model_->unk_id(), unk_id);
+  out.special_ = special_tokens(out.model_->GetPieceSize());
   return out;
 }
 
@@ -159,17 +152,7 @@ std::vector<std::int32_t> T5Tokenizer::encode(std::string_view text) const {
     if (!status.ok()) throw std::runtime_error(std::string("the prompt: ") + status.message());
     ids.insert(ids.end(), part_ids.begin(), part_ids.end());
   };
-  std::size_t begin = 0;
-  for (std::size_t at = text.find('<'); at != std::string_view::npos; at = text.find('<', at)) {
-    if (const auto special = special_token(text.substr(at), model_->GetPieceSize())) {
-      append(text.substr(begin, at - begin));
-      ids.push_back(special->id);
-      begin = at += special->length;
-    } else {
-      ++at;
-    }
-  }
-  append(text.substr(begin));
+  special_.split(text, append, [&ids](std::int32_t id) { ids.push_back(id); });
   ids.push_back(eos_id);
   return ids;
 }
@@ -186,6 +169,7 @@ std::vector<std::int32_t> T5Tokenizer::encode_padded(std::string_view text, int 
   return ids;
 }
 
-std::int32_t T5Tokenizer::vocab_size() const { return model_->GetPieceSize() + sentinels; }
+std::int32_t T5Tokenizer::pieces() const { return model_->GetPieceSize(); }
+std::int32_t T5Tokenizer::vocab_size() const { return pieces() + sentinels; }
 
 }  // namespace sd35

@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "added_tokens.hpp"
+
 namespace sentencepiece {
 class SentencePieceProcessor;
 }
@@ -41,6 +43,8 @@ class T5Tokenizer {
 
   /// Pieces and sentinels: an upper bound of every id, so the rows that the token embedding needs.
   std::int32_t vocab_size() const;
+  /// Of SentencePiece's own: the ids of a text that names no sentinel are below it.
+  std::int32_t pieces() const;
 
   T5Tokenizer(T5Tokenizer&&) noexcept;
   T5Tokenizer& operator=(T5Tokenizer&&) noexcept;
@@ -49,6 +53,7 @@ class T5Tokenizer {
  private:
   T5Tokenizer();
   std::unique_ptr<sentencepiece::SentencePieceProcessor> model_;
+  AddedTokens special_;
 };
 
 }  // namespace sd35

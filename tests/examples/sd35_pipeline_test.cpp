@@ -299,6 +299,17 @@ TEST_CASE("prompt files and the names of several pictures") {
   CHECK(sd35::output_path("%s%n.png", 0, 2) == "%s%n_000.png");
 }
 
+TEST_CASE("a tokenizer with more ids than its encoder is refused, whatever the prompt") {
+  const sd35_files::Folder folder;
+  const fs::path model = folder / "model";
+  fs::copy(tiny, model, fs::copy_options::recursive);
+  sd35_files::write_text(model / "tokenizer" / "tokenizer_config.json",
+                         R"({"added_tokens_decoder": {"770": {"content": "<new>"}}})");
+  CHECK(drawing_error({.model = model}, small_picture()) ==
+        (model / "tokenizer").string() +
+            ": the tokenizer has 771 ids, but the token embedding of the CLIP-L text encoder has 770 rows");
+}
+
 TEST_CASE("an encoder that is missing leaves zeros and a note") {
   sd35::ModelFiles files{.model = {},
                          .transformer = tiny / "transformer",

@@ -3,17 +3,21 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "reference/clip_tokenizer.hpp"
 #include "sd35/clip_tokenizer.hpp"
 #include "sd35/t5_tokenizer.hpp"
 
@@ -79,6 +83,70 @@ std::string refusal(const fs::path& path) {
 // CLIP's ids of a short list of merges: 0 to 255 byte symbols, 256 to 511 with </w>, then the merges.
 std::int32_t letter(char c) { return c - '!'; }
 std::int32_t last_letter(char c) { return 256 + letter(c); }
+
+// A tokenizer.json of tests/data's CLIP with further added tokens, numbered upwards.
+struct AddedName {
+  std::string text;
+  bool normalized;
+};
+json with_added(const std::vector<AddedName>& names) {
+  json model{{"type", "BPE"}, {"end_of_word_suffix", "</w>"}, {"unk_token", "<|endoftext|>"}};
+  model["vocab"] = read_json(data / "clip" / "vocab.json");
+  std::ifstream merges(data / "clip" / "merges.txt");
+  std::string line;
+  std::getline(merges, line);
+  for (model["merges"] = json::array(); std::getline(merges, line);) model["merges"].push_back(line);
+  json added = json::array();
+  for (std::size_t id = model["vocab"].size(); const AddedName& name : names)
+    added.push_back({{"id", id++}, {"content", name.text}, {"normalized", name.normalized}});
+  return {{"model", model}, {"added_tokens", added}};
+}
+
+reference::ClipTokenizer reference_of(const json& file) {
+  reference::ClipTokenizer out;
+  file.at("model").at("vocab").get_to(out.ids);
+  for (const auto& merge : file.at("model").at("merges").get<std::vector<std::string>>())
+    out.ranks.emplace(std::pair(merge.substr(0, merge.find(' ')), merge.substr(merge.find(' ') + 1)),
+                      out.ranks.size());
+  for (const json& token : file.at("added_tokens")) {
+    const std::string text = token.at("content");
+    const bool normalized = token.at("normalized");
+    out.added.push_back(
+        {normalized ? reference::ClipTokenizer::normalize(text) : text, token.at("id"), normalized});
+  }
+  for (const char* name : {"<|startoftext|>", "<|endoftext|>"})
+    out.added.push_back({name, out.ids.at(name), true});
+  out.unknown = out.ids.at("<|endoftext|>");
+  return out;
+}
+
+// The least processor time of two tries, in seconds.
+template <class Tokenizer>
+double cost(const Tokenizer& tokenizer, const std::string& text) {
+  double least = 1e9;
+  for (int i = 0; i < 2; ++i) {
+    const std::clock_t begin = std::clock();
+    CHECK(!tokenizer.encode(text).empty());
+    least = std::min(least, static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC);
+  }
+  return least;
+}
+
+// 128 KB of a unit cost at most twice four times what 32 KB do (the square would be 16 times), and a second.
+template <class Tokenizer>
+void check_linear(const Tokenizer& tokenizer, const std::string& unit) {
+  std::string text;
+  const auto grow = [&](std::size_t size) {
+    while (text.size() + unit.size() <= size) text += unit;
+  };
+  grow(32u << 10);
+  const double quarter = cost(tokenizer, text);
+  grow(128u << 10);
+  const double whole = cost(tokenizer, text);
+  CAPTURE(unit);
+  CHECK(whole <= 8 * std::max(quarter, 1e-3));
+  CHECK(whole < 1);
+}
 
 }  // namespace
 
@@ -222,6 +290,99 @@ TEST_CASE("prompts of any bytes are taken, up to a length") {
                        std::runtime_error);
 }
 
+TEST_CASE("CLIP gives the ids of its definition") {
+  const Folder folder;
+  const json file = with_added({{"<a>", false},
+                                {"<a><b>", false},
+                                {"<a><b>c", true},
+                                {"taca", true},
+                                {"É t", true},
+                                {"e\u0301 ", false},
+                                {"<Cat>", true},
+                                {"<|start", true},
+                                {"a<|end", false}});
+  const auto clip = ClipTokenizer::load(folder.write("tokenizer.json", file.dump()));
+  const reference::ClipTokenizer plain = reference_of(file);
+  const std::vector<std::string> units = {"a",
+                                          "b",
+                                          "ca",
+                                          "cat",
+                                          "A",
+                                          "É",
+                                          "e\u0301",
+                                          "e",
+                                          "t",
+                                          " ",
+                                          "  ",
+                                          "\t",
+                                          "\u3000",
+                                          "'s",
+                                          "'",
+                                          "'LL",
+                                          "1",
+                                          "²",
+                                          "!",
+                                          "-",
+                                          "<",
+                                          ">",
+                                          "<a>",
+                                          "<b>",
+                                          "c",
+                                          "<cat>",
+                                          "<CAT>",
+                                          "<|startoftext|>",
+                                          "<|endoftext|>",
+                                          "<|EndOfText|>",
+                                          "<|end",
+                                          "東",
+                                          "🐱",
+                                          "İ",
+                                          "\xff",
+                                          "\xc3",
+                                          "\u0327",
+                                          "\u0301",
+                                          "the",
+                                          "photo",
+                                          "of"};
+  std::mt19937 random(7);
+  for (int i = 0; i < 300; ++i) {
+    std::string text;
+    for (auto left = random() % 40; left > 0; --left) text += units[random() % units.size()];
+    CAPTURE(text);
+    CHECK(clip.encode(text) == plain.encode(text));
+  }
+  // Long words of few letters, in which the merges compete.
+  for (int i = 0; i < 20; ++i) {
+    std::string text;
+    for (int k = 0; k < 400; ++k) text += "acotfs"[random() % 6];
+    CHECK(clip.encode(text) == plain.encode(text));
+  }
+}
+
+TEST_CASE("the cost of a prompt grows as its length") {
+  const auto clip = ClipTokenizer::load(data / "clip");
+  const auto t5 = T5Tokenizer::load(data / "t5");
+  for (const char* unit :
+       {"a", "catsofa", "a photo of a cat ", "東", "\u0301\u0327", "<", "<|startoftext|", "!"}) {
+    check_linear(clip, unit);
+  }
+  for (const char* unit : {"a", "catsofa", "a photo of a cat ", "☃ ", "<extra_id_", "<extra_id_7>"}) {
+    check_linear(t5, unit);
+  }
+
+  std::vector<AddedName> names;
+  for (int i = 0; i < 60000; ++i) names.push_back({"<token-" + std::to_string(i) + ">", i % 2 == 0});
+  for (std::size_t i = 1; i <= 300; ++i) names.push_back({"<" + std::string(i, 'x'), true});
+  const Folder folder;
+  const auto many = ClipTokenizer::load(folder.write("tokenizer.json", with_added(names).dump()));
+  CHECK(many.encode("<token-59999>") == Ids{674 + 59999});
+  CHECK(many.encode("<TOKEN-59998>") == Ids{674 + 59998});
+  CHECK(many.encode("<TOKEN-59999>").size() > 1);
+  for (const char* unit : {"a photo of a cat ", "<token-", "<token-123> <TOKEN-7> ", "<", "<xxxx", "x"}) {
+    check_linear(many, unit);
+  }
+}
+
 TEST_CASE("T5 ids") {
   const auto t5 = T5Tokenizer::load(data / "t5" / "spiece.model");
   CHECK(t5.encode("") == Ids{1});
@@ -262,6 +423,10 @@ TEST_CASE("bad CLIP vocabularies are refused by name") {
       {"vocab.json", "not an integer", "{" + special + R"(,"a":99999999999999999999999})", merges, ""},
       {"vocab.json", "'<|startoftext|>'", R"({"<|endoftext|>":1,"a":2,"b":3,"ab":4})", merges, ""},
       {"vocab.json", "'<|endoftext|>'", R"({"<|startoftext|>":1,"a":2,"b":3,"ab":4})", merges, ""},
+      {"vocab.json", "no token with the id 5, though its ids go up to 6",
+       "{" + special + R"(,"a":2,"b":3,"ab":4,"c":6})", merges, ""},
+      {"vocab.json", "no token with the id 0",
+       R"({"<|startoftext|>":5,"<|endoftext|>":1,"a":2,"b":3,"ab":4})", merges, ""},
       // merges.txt
       {"merges.txt", "#version", vocab, "a b\n", ""},
       {"merges.txt", "#version", vocab, "\n", ""},
@@ -297,6 +462,22 @@ TEST_CASE("bad CLIP vocabularies are refused by name") {
        R"({"added_tokens":[{"id":9,"content":"a"}],)" + model(vocab, "[]").substr(1)},
       {"tokenizer.json", "both", "", "",
        R"({"added_tokens":[{"id":2,"content":"<pad>"}],)" + model(vocab, "[]").substr(1)},
+      {"tokenizer.json", "no token with the id 5", "", "",
+       R"({"added_tokens":[{"id":6,"content":"<pad>"}],)" + model(vocab, "[]").substr(1)},
+      {"tokenizer.json", "not an integer", "", "",
+       R"({"added_tokens":[{"id":-1,"content":"<pad>"}],)" + model(vocab, "[]").substr(1)},
+      {"tokenizer.json", "an added token is empty", "", "",
+       R"({"added_tokens":[{"id":5,"content":""}],)" + model(vocab, "[]").substr(1)},
+      {"tokenizer.json", "has 1025 bytes; at most 1024 are taken", "", "",
+       R"({"added_tokens":[{"id":5,"content":")" + std::string(1025, 'x') + "\"}]," +
+           model(vocab, "[]").substr(1)},
+      {"tokenizer.json", "'<p>' has single_word", "", "",
+       R"({"added_tokens":[{"id":5,"content":"<p>","single_word":true}],)" + model(vocab, "[]").substr(1)},
+      {"tokenizer.json", "normalized of the added token '<p>' is neither", "", "",
+       R"({"added_tokens":[{"id":5,"content":"<p>","normalized":1}],)" + model(vocab, "[]").substr(1)},
+      {"tokenizer.json", "two added tokens that are '<p>'", "", "",
+       R"({"added_tokens":[{"id":5,"content":"<p>","normalized":true},{"id":6,"content":"<P>","normalized":true}],)" +
+           model(vocab, "[]").substr(1)},
   };
   for (const Case& one : cases) {
     const Folder folder;
@@ -327,6 +508,29 @@ TEST_CASE("bad CLIP vocabularies are refused by name") {
     CHECK(refusal<ClipTokenizer>(folder.path()) == file + ": pad_token is not the name of a token");
     folder.write("tokenizer_config.json", R"({"pad_token":"<pad>"})");
     CHECK(refusal<ClipTokenizer>(folder.path()).find("'<pad>'") != std::string::npos);
+  }
+  SUBCASE("added tokens beside merges.txt") {
+    const Folder folder;
+    folder.write("vocab.json", vocab);
+    folder.write("merges.txt", merges);
+    const std::string list = folder.write("added_tokens.json", R"({"<dog>":5})").string();
+    CHECK(ClipTokenizer::load(folder.path()).encode("<DOG>") == Ids{5});
+    folder.write("added_tokens.json", R"({"<dog>":-5})");
+    CHECK(refusal<ClipTokenizer>(folder.path()).starts_with(list + ": the id of '<dog>' is not an integer"));
+    folder.write("added_tokens.json", R"({"a":5})");
+    CHECK(refusal<ClipTokenizer>(folder.path()) == list + ": gives two ids to 'a'");
+
+    // tokenizer_config.json goes before it
+    const std::string file =
+        folder.write("tokenizer_config.json", R"({"added_tokens_decoder":{"5":{"content":"<Cow>"}}})")
+            .string();
+    CHECK(ClipTokenizer::load(folder.path()).encode("<Cow>") == Ids{5});
+    CHECK(ClipTokenizer::load(folder.path()).encode("<cow>").size() > 1);
+    folder.write("tokenizer_config.json", R"({"added_tokens_decoder":{"5x":{"content":"<Cow>"}}})");
+    CHECK(refusal<ClipTokenizer>(folder.path()) ==
+          file + ": added_tokens_decoder has the key '5x', which is not an id");
+    folder.write("tokenizer_config.json", R"({"added_tokens_decoder":["<Cow>"]})");
+    CHECK(refusal<ClipTokenizer>(folder.path()) == file + ": added_tokens_decoder is not an object");
   }
   SUBCASE("nothing to read") {
     const Folder folder;
