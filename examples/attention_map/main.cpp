@@ -8,10 +8,12 @@
 #include <filesystem>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "maps.hpp"
 #include "nn/command.hpp"
+#include "nn/outputs.hpp"
 #include "nn/standard_output.hpp"
 #include "picture.hpp"
 
@@ -105,7 +107,10 @@ struct Arguments {
 }
 
 int run(const Arguments& a) {
-  nn::expect_writable(a.output);
+  linattn::FileSet inputs;
+  for (const std::filesystem::path& model : a.models) nn::add_model(inputs, model);
+  inputs.add(a.picture);
+  nn::Outputs(std::move(inputs)).add_file(a.output);
   if (a.size < 1 || a.size > 4096)
     throw std::runtime_error("--size: 1 to 4096 pixels, got " + std::to_string(a.size));
   Runtime rt(a.threads);

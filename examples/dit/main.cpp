@@ -14,10 +14,12 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "nn/command.hpp"
 #include "nn/image.hpp"
+#include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
 #include "sampling.hpp"
@@ -193,7 +195,10 @@ nlohmann::ordered_json report(const Arguments& a, const std::vector<Entry>& entr
 int run(Arguments& a) {
   a.sampling.method = dit::parse_method(a.method);
   a.sampling.steps = a.steps.value_or(a.sampling.method == dit::Method::ddpm ? 250 : 50);
-  nn::expect_writable(a.output);
+  linattn::FileSet inputs;
+  for (const fs::path& model : a.models) nn::add_model(inputs, model);
+  nn::add_model(inputs, a.vae);
+  nn::Outputs(std::move(inputs)).add_file(a.output);
 
   nn::Runtime rt(a.threads);
   const sd35::Checkpoint vae_file = sd35::Checkpoint::open(a.vae, sd35::Component::vae);

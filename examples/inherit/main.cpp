@@ -10,11 +10,13 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include <CLI/CLI.hpp>
 #include <linattn/weights/inherit.hpp>
 
 #include "nn/command.hpp"
+#include "nn/outputs.hpp"
 #include "nn/signals.hpp"
 #include "nn/standard_output.hpp"
 
@@ -94,6 +96,13 @@ int run(const Arguments& arguments) {
         *arguments.inner_model == "mlp" ? linattn::InnerModelKind::mlp : linattn::InnerModelKind::swiglu;
   if (arguments.weights)
     options.family.weights = *arguments.weights == "ema" ? linattn::WeightSet::ema : linattn::WeightSet::raw;
+
+  linattn::FileSet inputs;
+  nn::add_model(inputs, arguments.input);
+  if (options.init_file != nullptr) nn::add_model(inputs, arguments.init);
+  nn::Outputs outputs(std::move(inputs));
+  if (!arguments.dry_run) outputs.claim(arguments.output);
+  if (!arguments.report.empty()) outputs.add_file(arguments.report);
 
   linattn::Plan plan;
   const auto planned = make_plan(checkpoint, options, plan);

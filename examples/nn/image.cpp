@@ -264,16 +264,4 @@ Image read_image(const fs::path& path) {
   fail(path, "is neither a PNG nor a JPEG");
 }
 
-void expect_writable(const fs::path& path) {
-  std::error_code error;
-  if (fs::is_directory(path, error)) fail(path, "is a folder, a file name is needed");
-  if (is_special(path)) {
-    if (::access(path.c_str(), W_OK) != 0) fail(path, "cannot write: " + reason(errno));
-    return;
-  }
-  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
-  if (::access(folder.c_str(), W_OK | X_OK) != 0)
-    fail(path, "cannot write into its folder: " + reason(errno));
-}
-
 }  // namespace nn

@@ -50,7 +50,4 @@ void write_png(const std::filesystem::path& path, const Image& image, const PngT
 /// A PNG or a JPEG: the first bytes tell, not the name.
 [[nodiscard]] Image read_image(const std::filesystem::path& path);
 
-/// Throws where write_png could not work, so that a long computation does not start in vain.
-void expect_writable(const std::filesystem::path& path);
-
 }  // namespace nn

@@ -19,6 +19,7 @@
 
 #include "embeddings.hpp"
 #include "nn/command.hpp"
+#include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
 #include "pipeline.hpp"
@@ -147,8 +148,13 @@ void print(const Arguments& a, const std::array<Row, 2>& rows, Index threads) {
 }
 
 int run(const Arguments& a) {
+  linattn::FileSet inputs;
+  for (const fs::path* model : {&a.softmax, &a.converted}) nn::add_model(inputs, *model);
+  nn::Outputs outputs(std::move(inputs));
+  const std::array files{a.out / "softmax.png", a.out / "t5.png", a.out / "side_by_side.png"};
+  for (const fs::path& file : files) outputs.claim(file);
   fs::create_directories(a.out);
-  for (const char* name : {"softmax.png", "t5.png", "side_by_side.png"}) sd35::expect_writable(a.out / name);
+  for (const fs::path& file : files) outputs.try_file(file);
   sd35::Runtime rt(a.threads);
   std::array<Row, 2> rows;
   rows[0] = {"softmax", draw(rt, a.softmax, a, "softmax"), {}};

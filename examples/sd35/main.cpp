@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "nn/command.hpp"
+#include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
 #include "pipeline.hpp"
@@ -180,12 +181,23 @@ std::vector<sd35::Subject> subjects_of(const Arguments& a) {
   return subjects;
 }
 
+linattn::FileSet inputs_of(const Arguments& a) {
+  linattn::FileSet inputs;
+  const sd35::ModelFiles& files = a.files;
+  for (const auto* model :
+       {&files.model, &files.transformer, &files.vae, &files.clip_l, &files.clip_g, &files.t5})
+    nn::add_model(inputs, *model);
+  for (const auto* other : {&files.tokenizers, &a.prompt_file, &a.picture.init_image}) inputs.add(*other);
+  return inputs;
+}
+
 int run(Arguments& a) {
   a.picture.method = sd35::parse_method(a.method);
   a.picture.scheduler = sd35::parse_scheduler(a.scheduler);
   const std::vector<sd35::Subject> subjects = subjects_of(a);
   const std::size_t count = subjects.size();
-  sd35::expect_writable(sd35::output_path(a.output, 0, count));
+  nn::Outputs outputs(inputs_of(a));
+  for (std::size_t i = 0; i < count; ++i) outputs.add_file(sd35::output_path(a.output, i, count));
 
   sd35::Runtime rt(a.threads);
   sd35::ProgressBar bar;

@@ -433,8 +433,6 @@ TEST_CASE("a PNG carries its parameters and appears whole or not at all") {
   CHECK(has(bytes, std::string("iTXtTitle\0", 10)));
   CHECK(has(bytes, "gr\xc3\xbcn"));
   CHECK(error_of([&] { write_png(folder / "no/such.png", image); }) != "");
-  CHECK(has(error_of([&] { sd35::expect_writable(folder / "no/such.png"); }), "such.png"));
-  CHECK(has(error_of([&] { sd35::expect_writable(folder.path()); }), "is a folder"));
   CHECK(has(error_of([&] { (void)sd35::read_png(folder / "none.png"); }), "none.png"));
 
   const sd35::Image pair = sd35::side_by_side(std::vector{image, image}, 2);

@@ -391,11 +391,49 @@ TEST_CASE("inherit: a failure leaves everything as it was") {
     CHECK(opened(folder / "exists").tensors().size() > 100);
     fs::create_directories(folder / "old/transformer");
     write_text(folder / "old/transformer/config.json", "{}");
-    write_text(folder / "old/stale", "");
     require_ok(convert(model, folder / "old", {}, true));
-    CHECK_FALSE(fs::exists(folder / "old/stale"));
     CHECK(fs::exists(folder / "old/model_index.json"));
+    require_ok(convert(model, folder / "old", {}, true));
     CHECK(folder.names() == std::vector<std::string>{"exists", "in.safetensors", "model", "old"});
+  }
+  SUBCASE("a folder that holds what no conversion writes stays as it is") {
+    const fs::path old = folder / "old";
+    require_ok(convert(model, old));
+    for (const char* name : {"notes.txt", ".hidden", "vae/notes.txt", "transformer/mine.safetensors"}) {
+      write_text(old / name, "mine");
+      CHECK(contains(message(convert(model, old, {}, true)), std::string("holds ") + name));
+      CHECK(read_text(old / name) == "mine");
+      fs::remove(old / name);
+    }
+    fs::create_directory(old / "mine");
+    CHECK(contains(message(convert(model, old, {}, true)), "holds mine"));
+    fs::remove(old / "mine");
+    fs::remove(old / "model_index.json");
+    fs::create_symlink(file, old / "model_index.json");
+    CHECK(contains(message(convert(model, old, {}, true)), "holds model_index.json"));
+    CHECK(read_text(file) == before);
+  }
+  SUBCASE("inputs that a replaced output would take along") {
+    const fs::path old = folder / "old", init = old / "tuned.safetensors";
+    require_ok(convert(model, old));
+    require_ok(convert(file, init));
+    const Safetensors tuned = opened(init);
+    Checkpoint checkpoint;
+    Plan plan;
+    require_ok(open_checkpoint(model, checkpoint));
+    require_ok(make_plan(checkpoint, {}, plan));
+    const InheritOptions options{.init_file = &tuned};
+    CHECK(contains(message(apply(checkpoint, plan, options, old, true)), "holds the input"));
+    CHECK(contains(message(apply(checkpoint, plan, options, init, true)), "is the input itself"));
+    CHECK(contains(message(convert(model / "transformer", model, {}, true)), "holds the input"));
+    // As in the cache of a model hub.
+    const fs::path shard =
+        model / "transformer" / opened(model / "transformer").shards()[0].path().filename();
+    fs::create_directory(folder / "blobs");
+    fs::rename(shard, folder / "blobs/1");
+    fs::create_symlink("../../blobs/1", shard);
+    CHECK(contains(message(convert(model, folder / "blobs", {}, true)), "holds the input"));
+    CHECK(contains(message(convert(model, folder / "blobs/1", {}, true)), "is the input itself"));
   }
   SUBCASE("stopped half way") {
     for (const fs::path& input : {file, model}) {

@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -20,6 +21,7 @@
 
 #include <linattn/version.hpp>
 #include <linattn/weights/atomic_file.hpp>
+#include <linattn/weights/file_set.hpp>
 #include <linattn/weights/file_status.hpp>
 #include <linattn/weights/inherit_plan.hpp>
 #include <linattn/weights/inherit_report.hpp>
@@ -232,18 +234,54 @@ class AtomicFolder {
   return {};
 }
 
-// The target must be of the same kind as the source, must not be it or lie in it, and must not exist unless
-// it may be overwritten.
-[[nodiscard]] inline FileStatus check_target(const Checkpoint& checkpoint,
+// What write_folder() makes, below the target.
+[[nodiscard]] inline std::set<std::filesystem::path> written_names(const Checkpoint& checkpoint,
+                                                                   const Plan& plan) {
+  const Safetensors& source = checkpoint.weights;
+  const std::filesystem::path transformer =
+      checkpoint.transformer == checkpoint.root ? "" : checkpoint.transformer.filename();
+  std::set<std::filesystem::path> names(plan.folders.begin(), plan.folders.end());
+  names.insert(plan.files.begin(), plan.files.end());
+  names.insert(transformer / "config.json");
+  for (const MappedFile& shard : source.shards()) names.insert(transformer / shard.path().filename());
+  if (source.sharded()) names.insert(transformer / source.path().filename());
+  return names;
+}
+
+// A folder may be replaced where all that would go with it is what the new one has as well.
+[[nodiscard]] inline FileStatus check_replaced(const std::filesystem::path& target,
+                                               const std::set<std::filesystem::path>& names) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  fs::recursive_directory_iterator entry(target, error);
+  for (; !error && entry != fs::recursive_directory_iterator(); entry.increment(error)) {
+    const fs::path name = entry->path().lexically_relative(target);
+    const fs::file_status status = entry->symlink_status(error);
+    if (!error && (!names.contains(name) || !(fs::is_regular_file(status) || fs::is_directory(status))))
+      return file_error(
+          target,
+          "holds " + printable(name.string()) + ", which this conversion does not write, and stays as it is",
+          {}, Code::option);
+  }
+  return error ? system_error(target, "list", error.value()) : FileStatus{};
+}
+
+// The target must be of the same kind as the source, must not touch what is read, and must not exist unless it may
+// be overwritten.
+[[nodiscard]] inline FileStatus check_target(const Checkpoint& checkpoint, const Plan& plan,
+                                             const Safetensors* init_file,
                                              const std::filesystem::path& target, bool overwrite) {
   namespace fs = std::filesystem;
   std::error_code error;
-  const auto refuse = [&](const char* why) { return file_error(target, why, {}, Code::option); };
-  const fs::path whole = fs::weakly_canonical(target, error), root = fs::canonical(checkpoint.root, error);
-  if (fs::equivalent(target, checkpoint.root, error) || whole == root) return refuse("is the input itself");
-  if (checkpoint.folder() &&
-      std::mismatch(root.begin(), root.end(), whole.begin(), whole.end()).first == root.end())
-    return refuse("lies in the input folder");
+  const auto refuse = [&](const std::string& why) { return file_error(target, why, {}, Code::option); };
+  FileSet inputs;
+  inputs.add(checkpoint.root);
+  for (const fs::path& path : plan.files) inputs.add(checkpoint.root / path);
+  for (const Safetensors* weights : {&checkpoint.weights, init_file})
+    if (weights != nullptr)
+      for (const MappedFile& shard : weights->shards()) inputs.add(shard.path());
+  if (init_file != nullptr) inputs.add(init_file->path());
+  if (const std::string why = inputs.conflict(target); !why.empty()) return refuse(why);
   if (!fs::exists(fs::symlink_status(target, error))) return {};
   if (!overwrite) return refuse("exists already");
   const bool folder = fs::is_directory(target, error);
@@ -252,7 +290,7 @@ class AtomicFolder {
   if (folder && !fs::exists(target / "transformer" / "config.json", error) &&
       !fs::exists(target / "config.json", error))
     return refuse("is a folder that holds no model, and stays as it is");
-  return {};
+  return folder ? check_replaced(target, written_names(checkpoint, plan)) : FileStatus{};
 }
 
 }  // namespace detail
@@ -270,7 +308,8 @@ class AtomicFolder {
                               Code::shape);
   fs::path destination = target;
   if (!destination.has_filename()) destination = destination.parent_path();  // "folder/"
-  if (FileStatus status = detail::check_target(checkpoint, destination, overwrite); !status.ok())
+  if (FileStatus status = detail::check_target(checkpoint, plan, options.init_file, destination, overwrite);
+      !status.ok())
     return status;
   std::error_code error;
   std::uint64_t total = totals(plan).target_bytes;
