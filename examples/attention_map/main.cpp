@@ -13,6 +13,7 @@
 
 #include "maps.hpp"
 #include "nn/command.hpp"
+#include "nn/finite.hpp"
 #include "nn/outputs.hpp"
 #include "nn/standard_output.hpp"
 #include "picture.hpp"
@@ -126,6 +127,7 @@ int run(const Arguments& a) {
   const Picture picture = draw(softmax_map(rt, layers, queries), ttt_map(rt, layers, queries), grid, heads,
                                queries, a.size, layers.photo);
   const nlohmann::json facts = report(rt, layers, picture, a.output);
+  nn::expect_finite_report(facts);
   nn::write_png(a.output, picture.image,
                 {{"Title", "Attention maps of " + layers.name},
                  {"Description",

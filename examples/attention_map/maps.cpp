@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 #include <stdexcept>
 #include <utility>
 
@@ -10,29 +11,35 @@
 
 #include "deit/preprocess.hpp"
 #include "deit/vit.hpp"
+#include "nn/finite.hpp"
 
 namespace attention_map {
 namespace {
 
 [[nodiscard]] TensorView<const float, 4> view(const Tensor<float>& x) { return x.view<4>(); }
 
+[[nodiscard]] std::span<const float> values_of(const Tensor<float>& x) {
+  return {x.data(), static_cast<std::size_t>(x.elements())};
+}
+
 [[nodiscard]] Tensor<float> read(const Checkpoint& file, const char* name, const std::vector<Index>& shape) {
   const Weight weight = file.get(name, shape);
   const std::vector<float> values = widen<float>(weight);
   Tensor<float> tensor({1, weight.extent(0), weight.extent(1), weight.extent(2)});
   std::copy(values.begin(), values.end(), tensor.data());
+  expect_finite<float>(file.path().string() + ", tensor '" + name + "'", values);
   return tensor;
 }
 
 // The inputs of one block's attention, as the picture passes through the model.
-[[nodiscard]] Inputs observe(Runtime& rt, const deit::Vit<float>& vit, const Tensor<float>& picture,
-                             Index block) {
+[[nodiscard]] Inputs observe(Runtime& rt, const Checkpoint& checkpoint, const deit::Vit<float>& vit,
+                             const Tensor<float>& picture, Index block) {
   const deit::VitConfig& config = vit.config();
   const Index rows = picture.extent(2) / config.patch, columns = picture.extent(3) / config.patch;
   const std::string name = "block" + std::to_string(block) + ".";
   Inputs inputs;
   inputs.grid = {config.special, rows, columns};
-  (void)vit.forward(rt, picture.view<4>(), [&](const std::string& what, const TensorView<const float, 3>& x) {
+  const auto take = [&](const std::string& what, const TensorView<const float, 3>& x) {
     for (const auto& [part, to] :
          {std::pair("q", &inputs.q), std::pair("k", &inputs.k), std::pair("v", &inputs.v)})
       if (what == name + part) {
@@ -40,6 +47,9 @@ namespace {
         for (Index n = 0; n < x.extent(1); ++n)
           std::copy_n(x.pointer(0, n), config.width, to->data() + n * config.width);
       }
+  };
+  with_weights_of(checkpoint, [&] {
+    in_stage(checkpoint.path().string(), [&] { (void)vit.forward(rt, picture.view<4>(), take); });
   });
   return inputs;
 }
@@ -133,8 +143,8 @@ Layers run_models(Runtime& rt, const std::filesystem::path& softmax, const std::
   const deit::Preprocessing preprocessing = deit::Preprocessing::of(original);
   const Index size = from.grid * from.patch;
   const Tensor<float> pixels = deit::preprocess(read_image(picture), size, size, preprocessing);
-  layers.softmax = observe(rt, before, pixels, block);
-  layers.ttt = observe(rt, after, pixels, block);
+  layers.softmax = observe(rt, original, before, pixels, block);
+  layers.ttt = observe(rt, converted, after, pixels, block);
   layers.photo = as_image(pixels, preprocessing);
   return layers;
 }
@@ -150,6 +160,7 @@ Map softmax_map(Runtime& rt, const Layers& layers, const std::vector<Index>& que
         return linattn::softmax_attention_map(context, view(in.q), view(in.k), map.view<4>(),
                                               {.queries = {tokens.data(), {rows}}});
       });
+  expect_finite<float>(layers.name + ", softmax map", values_of(map));
   return crop(map, in.grid);
 }
 
@@ -181,6 +192,7 @@ Map ttt_map(Runtime& rt, const Layers& layers, const std::vector<Index>& queries
                                                          weights.inner, map.view<4>(), options);
         });
   });
+  expect_finite<float>(layers.name + ", TTT map", values_of(map));
   return crop(map, in.grid);
 }
 
@@ -191,6 +203,7 @@ std::vector<float> key_shift_ratios(Runtime& rt, const Inputs& inputs) {
       "key shift ratio",
       [&](const auto& context) { return linattn::key_shift_ratio_workspace(context, view(inputs.k), out); },
       [&](const auto& context) { return linattn::key_shift_ratio(context, view(inputs.k), out); });
+  expect_finite<float>("key shift ratio", ratios);
   return ratios;
 }
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "nn/command.hpp"
+#include "nn/finite.hpp"
 #include "nn/standard_output.hpp"
 #include "preprocess.hpp"
 #include "vit.hpp"
@@ -48,6 +49,7 @@ struct Arguments {
 
 struct Model {
   fs::path path;
+  deit::Checkpoint checkpoint;
   deit::Preprocessing preprocessing;
   std::vector<std::string> labels;
   deit::Vit<float> vit;
@@ -90,7 +92,7 @@ std::vector<Guess> best(const Tensor<float>& logits, Index top) {
 
 Model load(const fs::path& path, const Arguments& a) {
   const deit::Checkpoint checkpoint = deit::open(path);
-  Model model{path, deit::Preprocessing::of(checkpoint),
+  Model model{path, checkpoint, deit::Preprocessing::of(checkpoint),
               a.labels.empty() ? deit::labels_of(checkpoint) : deit::read_labels(a.labels),
               deit::Vit<float>(checkpoint, a.heads)};
   const deit::VitConfig& config = model.vit.config();
@@ -116,10 +118,12 @@ void share_labels(std::vector<Model>& models) {
         model.labels = other.labels;
 }
 
-double milliseconds(const deit::Vit<float>& vit, deit::Runtime& rt, const Tensor<float>& picture,
+double milliseconds(const Model& model, deit::Runtime& rt, const Tensor<float>& picture,
                     Tensor<float>* logits = nullptr) {
   const auto start = Clock::now();
-  Tensor<float> result = vit.forward(rt, picture.view<4>());
+  Tensor<float> result = nn::with_weights_of(model.checkpoint, [&] {
+    return nn::in_stage(model.path.string(), [&] { return model.vit.forward(rt, picture.view<4>()); });
+  });
   const double time = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
   if (logits != nullptr) *logits = std::move(result);
   return time;
@@ -134,7 +138,7 @@ nlohmann::ordered_json classify(const std::vector<Model>& models, const fs::path
     const Tensor<float> picture =
         deit::preprocess(image, model.own_size(), model.own_size(), model.preprocessing);
     Tensor<float> logits;
-    const double time = milliseconds(model.vit, rt, picture, &logits);
+    const double time = milliseconds(model, rt, picture, &logits);
     nlohmann::ordered_json top = nlohmann::ordered_json::array();
     if (!a.json) nn::print("  %s (%s), %.1f ms\n", model.path.c_str(), model.attention().c_str(), time);
     for (const Guess& guess : best(logits, a.top)) {
@@ -160,7 +164,7 @@ nlohmann::ordered_json measure(const std::vector<Model>& models, Index size, dei
   const Tensor<float> picture = Tensor<float>::zeros({1, 3, size, size});
   for (int i = 0; i < a.repeat; ++i)
     for (std::size_t m = 0; m < models.size(); ++m)
-      times[m] = std::min(times[m], milliseconds(models[m].vit, rt, picture));
+      times[m] = std::min(times[m], milliseconds(models[m], rt, picture));
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   const Index side = size / models[0].vit.config().patch;
   if (!a.json) nn::print("%6td %7td", size, side * side);
@@ -212,6 +216,7 @@ int run(const Arguments& a) {
     nn::print("%s\n", models.size() == 2 ? "    ratio" : "");
   }
   for (const Index size : a.sizes) report["sizes"].push_back(measure(models, size, rt, a));
+  nn::expect_finite_report(report);
   if (a.json) nn::print_text(report.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
   return 0;
 }

@@ -8,6 +8,7 @@
 #include <linattn/weights/json.hpp>
 #include <nlohmann/json.hpp>
 
+#include "nn/finite.hpp"
 #include "nn/resize.hpp"
 #include "nn/small_file.hpp"
 
@@ -84,6 +85,8 @@ Tensor<float> preprocess(const Image& image, Index height, Index width, const Pr
           (centre.rgb[static_cast<std::size_t>(i) * 3 + c] / 255.0 - preprocessing.mean[c]) /
           preprocessing.deviation[c]);
   }
+  expect_finite<float>("the picture given, less the mean and by the deviation of config.json",
+                       {result.data(), static_cast<std::size_t>(result.elements())});
   return result;
 }
 

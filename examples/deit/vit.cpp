@@ -12,6 +12,7 @@
 #include <linattn/cpu.hpp>
 #include <linattn/weights/vit.hpp>
 
+#include "nn/finite.hpp"
 #include "nn/patches.hpp"
 #include "nn/rows.hpp"
 
@@ -308,6 +309,7 @@ Tensor<T> Vit<T>::forward(Runtime& rt, In<T, 4> pictures, const Observer<T>& obs
   };
   Tensor<T> tokens = embed(rt, pictures, observe);
   const TensorView<T, 3> x = tokens.template view<3>();
+  expect_finite<T>(rt, "embedding", x);
   Tensor<T> memory(tokens.shape());  // what goes into a layer and, in place, what comes out of it
   const TensorView<T, 3> work = memory.template view<3>();
   constexpr Index mlp_rows = 1024;
@@ -323,11 +325,15 @@ Tensor<T> Vit<T>::forward(Runtime& rt, In<T, 4> pictures, const Observer<T>& obs
     show(name + ".attn", work);
     add<T>(rt, x, work);
     add_mlp(rt, blocks_[i], x, work, hidden);
+    expect_finite<T>(rt, "block " + std::to_string(i), x);
     show(name, x);
   }
   normalise(norm_);
+  expect_finite<T>(rt, "final norm", work);
   show("norm", work);
-  return classify(rt, work);
+  Tensor<T> logits = classify(rt, work);
+  expect_finite<T>("head", {logits.data(), static_cast<std::size_t>(logits.elements())});
+  return logits;
 }
 
 template class Vit<float>;

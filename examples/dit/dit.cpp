@@ -10,6 +10,7 @@
 
 #include <linattn/cpu.hpp>
 
+#include "nn/finite.hpp"
 #include "nn/patches.hpp"
 #include "sd35/embeddings.hpp"
 
@@ -159,12 +160,17 @@ Modulations<T> Dit<T>::modulate(Runtime& rt, In<T, 2> sinusoids, std::span<const
   const Tensor<T> label = embed<T>(rt, classes_, classes, 1);
   if (observe) observe("y_emb", label.template view<3>());
   add<T>(rt, c.template view<3>(), label.template view<3>());
+  expect_finite<T>(rt, "time and class embedding", std::as_const(c).template view<3>());
   activate<T>(rt, Activation::silu, c.template view<3>());
 
   Modulations<T> result;
-  for (const Block& block : blocks_)
-    result.push_back(linear<T>(rt, std::as_const(c).template view<3>(), block.modulation));
-  result.push_back(linear<T>(rt, std::as_const(c).template view<3>(), final_modulation_));
+  const auto append = [&](const LinearWeights<T>& weights, const std::string& place) {
+    result.push_back(linear<T>(rt, std::as_const(c).template view<3>(), weights));
+    expect_finite<T>(rt, place, std::as_const(result.back()).template view<3>());
+  };
+  for (std::size_t i = 0; i < blocks_.size(); ++i)
+    append(blocks_[i].modulation, "block " + std::to_string(i) + ", modulation");
+  append(final_modulation_, "final layer, modulation");
   return result;
 }
 
@@ -273,6 +279,7 @@ void Dit<T>::forward(Runtime& rt, In<T, 4> x, const Modulations<T>& modulations,
   const TensorView<T, 3> X = memory.template view<3>(), work = work_memory.template view<3>();
   show("x_embed", X);
   add_positions(rt, X, grid.height, grid.width);
+  expect_finite<T>(rt, "patches", X);
   constexpr Index mlp_rows = 1024;
   Tensor<T> hidden({1, std::min(mlp_rows, batch * tokens), shapes.hidden});
   // work = LN(X) (1 + scale) + shift, chunks `first` and `first` + 1 being shift and scale
@@ -293,10 +300,12 @@ void Dit<T>::forward(Runtime& rt, In<T, 4> x, const Modulations<T>& modulations,
     modulate_into_work(modulations[i], 3);
     apply_mlp(rt, blocks_[i], work, hidden);
     add_gated<T>(rt, X, chunk(modulations[i], 5, width), work);
+    expect_finite<T>(rt, "block " + std::to_string(i), X);
     show(name, X);
   }
   modulate_into_work(modulations.back(), 0);
   const Tensor<T> result = linear<T>(rt, work, final_);
+  expect_finite<T>(rt, "final layer", result.template view<3>());
   show("final", result.template view<3>());
   from_patches<T>(rt, result.template view<3>(), p, out);
 }

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "nn/command.hpp"
+#include "nn/finite.hpp"
 #include "nn/image.hpp"
 #include "nn/outputs.hpp"
 #include "nn/progress.hpp"
@@ -105,6 +106,7 @@ void add_options(CLI::App& app, Arguments& a) {
 // One model on its way.
 struct Entry {
   fs::path path;
+  nn::Checkpoint file;
   std::unique_ptr<dit::Dit<float>> model;
   std::optional<dit::Sampling<float>> sampling;
   std::vector<double> milliseconds;  // of each step
@@ -133,10 +135,12 @@ Image tile(const std::vector<Image>& images, Index columns) {
 }
 
 // One sample at a time: a decoder's activations are large.
-void decode(nn::Runtime& rt, const sd35::VaeDecoder<float>& vae, TensorView<const float, 4> latents,
-            std::vector<Image>& images) {
+void decode(nn::Runtime& rt, const sd35::Checkpoint& file, const sd35::VaeDecoder<float>& vae,
+            TensorView<const float, 4> latents, std::vector<Image>& images) {
   for (Index i = 0; i < latents.extent(0); ++i) {
-    const Tensor<float> pixels = vae.decode(rt, slice<0>(latents, i, 1));
+    const Tensor<float> pixels = nn::with_weights_of(file, [&] {
+      return nn::in_stage("VAE decoder", [&] { return vae.decode(rt, slice<0>(latents, i, 1)); });
+    });
     if (pixels.extent(3) != 3)
       throw std::runtime_error("the VAE makes pictures of " + std::to_string(pixels.extent(3)) +
                                " colours, not 3");
@@ -217,8 +221,7 @@ int run(Arguments& a) {
       height = latent_side(a.height, "height", trained, vae.factor());
       width = latent_side(a.width, "width", trained, vae.factor());
     }
-    Entry& entry = entries.emplace_back();
-    entry.path = path;
+    Entry& entry = entries.emplace_back(Entry{path, checkpoint, nullptr, {}, {}});
     entry.model = std::make_unique<dit::Dit<float>>(checkpoint, config);
     try {
       entry.sampling.emplace(*entry.model, a.classes, height, width, a.sampling);
@@ -234,7 +237,8 @@ int run(Arguments& a) {
     bar.show(step, a.sampling.steps);
     for (Entry& entry : entries) {
       const auto start = std::chrono::steady_clock::now();
-      entry.sampling->step(rt);
+      nn::with_weights_of(entry.file,
+                          [&] { nn::in_stage(entry.path.string(), [&] { entry.sampling->step(rt); }); });
       entry.milliseconds.push_back(
           std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
     }
@@ -246,7 +250,7 @@ int run(Arguments& a) {
   const Index columns = a.columns > 0 ? std::min(a.columns, samples) : std::min<Index>(8, samples);
   std::vector<Image> images;
   for (const Entry& entry : entries) {
-    decode(rt, vae, entry.sampling->latents(), images);
+    decode(rt, vae_file, vae, entry.sampling->latents(), images);
     // Each model begins a row of its own.
     const Image blank{images[0].width, images[0].height,
                       std::vector<std::uint8_t>(images[0].rgb.size(), 255)};
@@ -254,13 +258,13 @@ int run(Arguments& a) {
   }
   const double decode_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const nlohmann::ordered_json facts = report(a, entries, images[0], rt.workers(), decode_seconds);
+  nn::expect_finite_report(facts);
   nn::write_png(a.output, tile(images, columns),
                 {{"parameters", parameters(a, entries, images[0])}, {"Software", "linattn"}});
 
   if (a.json) {
-    nn::print_text(report(a, entries, images[0], rt.workers(), decode_seconds)
-                       .dump(2, ' ', false, nlohmann::json::error_handler_t::replace) +
-                   "\n");
+    nn::print_text(facts.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
     return 0;
   }
   for (const Entry& entry : entries)

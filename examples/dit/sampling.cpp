@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "nn/finite.hpp"
 #include "sd35/embeddings.hpp"
 
 namespace dit {
@@ -58,15 +59,27 @@ void Sampling<T>::step(Runtime& rt) {
   for (Index b = 0; b < batch; ++b)
     sd35::timestep_embedding<T>(diffusion_.time(step_),
                                 {sinusoids.data() + b * frequencies, static_cast<std::size_t>(frequencies)});
-  const Modulations<T> modulations =
-      model_.modulate(rt, std::as_const(sinusoids).template view<2>(), labels_);
+  const std::string stage = "transformer", number = step_text(step_);
+  const Modulations<T> modulations = in_stage(
+      stage, [&] { return model_.modulate(rt, std::as_const(sinusoids).template view<2>(), labels_); },
+      number);
   Tensor<T> input({batch, channels, x_.extent(2), x_.extent(3)});
   for (Index first = 0; first < batch; first += samples)
     std::copy_n(x_.data(), x_.elements(), input.data() + first * channels * positions);
-  model_.forward(rt, std::as_const(input).template view<4>(), modulations, output_.template view<4>());
+  in_stage(
+      stage,
+      [&] {
+        model_.forward(rt, std::as_const(input).template view<4>(), modulations, output_.template view<4>());
+      },
+      number);
+  const auto expect = [&](const std::string& place, const Tensor<T>& values) {
+    expect_finite<T>(place + number, {values.data(), static_cast<std::size_t>(values.elements())});
+  };
   T* const output = output_.data();
-  if (batch > samples)
+  if (batch > samples) {
     guide(output, output + samples * outputs * positions, cfg_scale_, samples, outputs, positions, output);
+    expect("guidance", output_);
+  }
 
   std::vector<T> fresh;
   if (diffusion_.method() == Method::ddpm) fresh = normal<T>(generator_, batch * channels * positions);
@@ -78,6 +91,7 @@ void Sampling<T>::step(Runtime& rt) {
                                      : std::span<const T>(fresh.data() + b * channels * positions, size),
                        {x_.data() + b * channels * positions, size});
   }
+  expect("sampler", x_);
   ++step_;
 }
 

@@ -1,6 +1,7 @@
 #include "nn.hpp"
 
 #include <cmath>
+#include <limits>
 #include <numbers>
 #include <stdexcept>
 #include <type_traits>
@@ -139,7 +140,9 @@ void layer_norm(Runtime& rt, In<T, 3> x, const LayerNormOptions<T>& options, Ten
     const T mean = sum_row(in, channels, [](auto u) { return u; }) / n;
     const T variance =
         sum_row(in, channels, [&](auto u) { return (u - decltype(u)(mean)) * (u - decltype(u)(mean)); }) / n;
-    const T factor = T(1) / std::sqrt(variance + static_cast<T>(options.eps));
+    // Squares that overflow would make the row zero.
+    const T factor = std::isfinite(variance) ? T(1) / std::sqrt(variance + static_cast<T>(options.eps))
+                                             : std::numeric_limits<T>::quiet_NaN();
     map_row(
         result, channels, [&](auto u) { return (u - decltype(u)(mean)) * decltype(u)(factor); }, in);
     if (!options.weight.empty())

@@ -21,9 +21,17 @@ namespace nn {
 /// The bar redraws one line of a terminal; elsewhere (a log file) each tenth of the steps is a line.
 class ProgressBar {
  public:
+  ProgressBar() = default;
+  ProgressBar(const ProgressBar&) = delete;
+  ProgressBar& operator=(const ProgressBar&) = delete;
+  // An error has a line of its own.
+  ~ProgressBar() {
+    if (open_) std::fputc('\n', stderr);
+  }
+
   void begin() { start_ = std::chrono::steady_clock::now(); }
 
-  void show(int step, int steps) const {
+  void show(int step, int steps) {
     const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
     const bool terminal = ::isatty(STDERR_FILENO) != 0;
     if (!terminal && (step == 0 || (step != steps && step * 10 / steps == (step - 1) * 10 / steps))) return;
@@ -42,10 +50,12 @@ class ProgressBar {
     std::fprintf(stderr, "%s  step %d of %d [%s]%s%s", terminal ? "\r\033[K" : "", step, steps, bar.c_str(),
                  time.c_str(), terminal && step < steps ? "" : "\n");
     std::fflush(stderr);
+    open_ = terminal && step < steps;
   }
 
  private:
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  bool open_ = false;  // the line of the bar
 };
 
 }  // namespace nn

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "nn/finite.hpp"
+
 namespace sd35 {
 Activation clip_activation(std::string_view hidden_act) {
   if (hidden_act == "quick_gelu") return Activation::quick_gelu;
@@ -79,6 +81,10 @@ ClipFeatures<T> ClipText<T>::encode(Runtime& rt, std::span<const std::int32_t> t
   Tensor<T> x = embed<T>(rt, token_embedding_, tokens, batch);
   const TensorView<const T, 3> positions{position_embedding_.data(), {batch, count, width}, {0, width, 1}};
   add<T>(rt, x.template view<3>(), positions);
+  const auto expect = [&](const std::string& place, const Tensor<T>& values) {
+    expect_finite<T>(rt, place, values.template view<3>());
+  };
+  expect("embedding", x);
 
   ClipFeatures<T> features;
   Tensor<T> normed({batch, count, width});
@@ -99,9 +105,11 @@ ClipFeatures<T> ClipText<T>::encode(Runtime& rt, std::span<const std::int32_t> t
     activate<T>(rt, config_.activation, mlp.template view<3>());
     linear<T>(rt, mlp.template view<3>(), layer.fc2, n);
     add<T>(rt, x.template view<3>(), n);
+    expect("block " + std::to_string(i), x);
     if (observe) observe("layer" + std::to_string(i), x.template view<3>());
   }
   layer_norm<T>(rt, x.template view<3>(), norm_options(final_norm_), x.template view<3>());
+  expect("final norm", x);
 
   features.pooled = Tensor<T>({batch, 1, width});
   for (Index b = 0; b < batch; ++b) {
@@ -111,7 +119,10 @@ ClipFeatures<T> ClipText<T>::encode(Runtime& rt, std::span<const std::int32_t> t
     std::copy_n(x.data() + (b * count + (eos - row.begin())) * width, width,
                 features.pooled.data() + b * width);
   }
-  if (projection_) features.projected = linear<T>(rt, features.pooled.template view<3>(), *projection_);
+  if (projection_) {
+    features.projected = linear<T>(rt, features.pooled.template view<3>(), *projection_);
+    expect("text projection", features.projected);
+  }
   features.last_hidden = std::move(x);
   return features;
 }

@@ -9,6 +9,7 @@
 
 #include "checkpoint.hpp"
 #include "clip_text.hpp"
+#include "nn/finite.hpp"
 #include "t5_encoder.hpp"
 #include "t5_tokenizer.hpp"
 
@@ -108,6 +109,12 @@ Tensor<T> take_sample(const Tensor<T>& source, Index b) {
   return sample;
 }
 
+// f(), in whose errors the encoder comes first.
+template <class F>
+auto in_encoder(const Checkpoint& checkpoint, Component component, const F& f) {
+  return with_weights_of(checkpoint, [&] { return in_stage(std::string(name(component)), f); });
+}
+
 template <class T>
 struct ClipFeature {
   Tensor<T> hidden, pooled;  // (1, tokens, channels), (1, 1, width)
@@ -139,11 +146,10 @@ std::vector<ClipFeature<T>> run_clip(Runtime& rt, const TextSources& sources, Co
   const Index length = model.config().positions;
   std::vector<ClipFeature<T>> result;
   for (const std::string& text : texts) {
-    ClipFeatures<T> features =
-        model.encode(rt,
-                     options.official ? official_clip_ids(tokenizer, text, pad, length)
-                                      : tokenizer.encode_padded(text, static_cast<int>(length), pad),
-                     1);
+    const std::vector<std::int32_t> ids = options.official
+                                              ? official_clip_ids(tokenizer, text, pad, length)
+                                              : tokenizer.encode_padded(text, static_cast<int>(length), pad);
+    ClipFeatures<T> features = in_encoder(checkpoint, component, [&] { return model.encode(rt, ids, 1); });
     result.push_back({std::move(features.hidden),
                       std::move(model.config().project ? features.projected : features.pooled)});
   }
@@ -170,7 +176,8 @@ T5Rows<T> run_t5(Runtime& rt, const TextSources& sources, std::span<const Prompt
   const fs::path folder = tokenizer_folder(sources.tokenizers, "tokenizer_3", name(Component::t5),
                                            {"spiece.model", "tokenizer.json"});
   const T5Tokenizer tokenizer = T5Tokenizer::load(folder);
-  const T5Encoder<T> model(Checkpoint::open(sources.t5, Component::t5));
+  const Checkpoint checkpoint = Checkpoint::open(sources.t5, Component::t5);
+  const T5Encoder<T> model(checkpoint);
   check_ids(folder, tokenizer.pieces(), Component::t5, model.vocabulary());
   const auto encode = [&](const std::string& text) {
     return options.official ? tokenizer.encode(first_characters(text, 226))
@@ -195,7 +202,8 @@ T5Rows<T> run_t5(Runtime& rt, const TextSources& sources, std::span<const Prompt
       row.resize(length, T5Tokenizer::pad_id);
       ids.insert(ids.end(), row.begin(), row.end());
     }
-    const Tensor<T> hidden = model.encode(rt, ids, static_cast<Index>(count));
+    const Tensor<T> hidden = in_encoder(checkpoint, Component::t5,
+                                        [&] { return model.encode(rt, ids, static_cast<Index>(count)); });
     for (Index b = 0; first != last; ++first, ++b) first->second = take_sample(hidden, b);
   }
   return rows;

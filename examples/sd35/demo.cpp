@@ -19,6 +19,7 @@
 
 #include "embeddings.hpp"
 #include "nn/command.hpp"
+#include "nn/finite.hpp"
 #include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
@@ -100,9 +101,7 @@ sd35::Picture draw(sd35::Runtime& rt, const fs::path& model, const Arguments& a,
     bar.show(step, steps);
   };
   std::fprintf(stderr, "%s: %s\n", name.c_str(), model.c_str());
-  sd35::Picture picture = make_picture(rt, {.model = model}, options, progress);
-  write_png(a.out / (name + ".png"), picture.image, {{"parameters", picture.parameters()}});
-  return picture;
+  return nn::in_stage(model.string(), [&] { return make_picture(rt, {.model = model}, options, progress); });
 }
 
 // The models take turns and the best time counts, so that another program on the machine disturbs little.
@@ -159,6 +158,8 @@ int run(const Arguments& a) {
   std::array<Row, 2> rows;
   rows[0] = {"softmax", draw(rt, a.softmax, a, "softmax"), {}};
   rows[1] = {"t5", draw(rt, a.converted, a, "t5"), {}};
+  for (const Row& row : rows)
+    write_png(a.out / (row.name + ".png"), row.picture.image, {{"parameters", row.picture.parameters()}});
   write_png(
       a.out / "side_by_side.png",
       sd35::side_by_side(std::array{rows[0].picture.image, rows[1].picture.image}),

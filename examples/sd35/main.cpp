@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "nn/command.hpp"
+#include "nn/finite.hpp"
 #include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
@@ -224,6 +225,8 @@ int run(Arguments& a) {
   };
   make_pictures(rt, a.files, a.picture, subjects, progress, [&](const sd35::Picture& picture) {
     const std::filesystem::path output = sd35::output_path(a.output, index, count);
+    const nlohmann::ordered_json facts = report(picture, output, rt.workers());
+    sd35::expect_finite_report(facts);
     write_png(output, picture.image, {{"parameters", picture.parameters()}, {"Software", "linattn"}});
     if (a.verbose) {
       std::fprintf(stderr, "%s, %td of %td attentions linear, %td threads\n", picture.model.c_str(),
@@ -232,8 +235,7 @@ int run(Arguments& a) {
         std::fprintf(stderr, "  %-10s %8.3f s\n", stage.name.c_str(), stage.seconds);
     }
     if (a.json)
-      nn::print_text(report(picture, output, rt.workers())
-                         .dump(count > 1 ? -1 : 2, ' ', false, nlohmann::json::error_handler_t::replace) +
+      nn::print_text(facts.dump(count > 1 ? -1 : 2, ' ', false, nlohmann::json::error_handler_t::replace) +
                      "\n");
     else
       nn::print_text(output.string() + "\n");

@@ -11,6 +11,7 @@
 
 #include <linattn/cpu.hpp>
 
+#include "nn/finite.hpp"
 #include "nn/patches.hpp"
 
 namespace sd35 {
@@ -237,35 +238,39 @@ template <class T>
 Modulations<T> Mmdit<T>::modulate(Runtime& rt, In<T, 2> sinusoids, In<T, 2> pooled,
                                   const Observer<T>& observe) const {
   const auto embed = [&](const LinearWeights<T>& first, const LinearWeights<T>& second, In<T, 2> in,
-                         const char* name) {
+                         const char* name, const char* place) {
     const TensorView<const T, 3> rows(in.data, {1, in.extent(0), in.extent(1)},
                                       {in.extent(0) * in.stride(0), in.stride(0), in.stride(1)});
     Tensor<T> hidden = linear<T>(rt, rows, first);
     activate<T>(rt, Activation::silu, hidden.template view<3>());
     Tensor<T> out = linear<T>(rt, std::as_const(hidden).template view<3>(), second);
+    expect_finite<T>(rt, place, std::as_const(out).template view<3>());
     if (observe) observe(name, std::as_const(out).template view<3>());
     return out;
   };
-  Tensor<T> c = embed(time1_, time2_, sinusoids, "t_emb");
-  const Tensor<T> text = embed(pooled1_, pooled2_, pooled, "y_emb");
+  Tensor<T> c = embed(time1_, time2_, sinusoids, "t_emb", "time embedding");
+  const Tensor<T> text = embed(pooled1_, pooled2_, pooled, "y_emb", "pooled text embedding");
   add<T>(rt, c.template view<3>(), text.template view<3>());
   activate<T>(rt, Activation::silu, c.template view<3>());
 
   Modulations<T> result;
-  const auto append = [&](const LinearWeights<T>& weights) {
+  const auto append = [&](const LinearWeights<T>& weights, const std::string& place) {
     result.layers.push_back(linear<T>(rt, std::as_const(c).template view<3>(), weights));
+    expect_finite<T>(rt, place, std::as_const(result.layers.back()).template view<3>());
   };
-  for (const Block& block : blocks_) {
-    append(block.image_modulation);
-    append(block.context_modulation);
+  for (std::size_t i = 0; i < blocks_.size(); ++i) {
+    const std::string place = "block " + std::to_string(i);
+    append(blocks_[i].image_modulation, place + ", modulation of the image");
+    append(blocks_[i].context_modulation, place + ", modulation of the text");
   }
-  append(final_modulation_);
+  append(final_modulation_, "final layer, modulation");
   return result;
 }
 
 template <class T>
 Tensor<T> Mmdit<T>::embed_context(Runtime& rt, In<T, 3> context, const Observer<T>& observe) const {
   Tensor<T> out = linear<T>(rt, context, context_embedder_);
+  expect_finite<T>(rt, "context embedder", std::as_const(out).template view<3>());
   if (observe) observe("context_embed", std::as_const(out).template view<3>());
   return out;
 }
@@ -385,6 +390,7 @@ void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulati
   };
 
   Tensor<T> image_tokens = embed_patches(rt, x, observe);
+  expect_finite<T>(rt, "patches", std::as_const(image_tokens).template view<3>());
   Tensor<T> text_tokens({batch, text, width});
   for (Index b = 0; b < batch; ++b)
     for (Index row = 0; row < text; ++row)
@@ -435,8 +441,10 @@ void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulati
     if (!last) {
       add_gated<T>(rt, C, chunk(true, 2), text_work);
       add_mlp(rt, *block.context_mlp, C, chunk(true, 3), chunk(true, 4), chunk(true, 5), text_work, hidden);
+      expect_finite<T>(rt, "block " + std::to_string(i) + ", text", C);
       show(name + "context", C);
     }
+    expect_finite<T>(rt, "block " + std::to_string(i), X);
     show(name + "x", X);
   }
 
@@ -447,6 +455,7 @@ void Mmdit<T>::forward(Runtime& rt, In<T, 4> x, In<T, 3> context, const Modulati
                  .shift = modulations.chunk(final, 0, first_pair, batch, width)},
                 image_work);
   const Tensor<T> patches = linear<T>(rt, image_work, final_);
+  expect_finite<T>(rt, "final layer", patches.template view<3>());
   show("final_layer", patches.template view<3>());
 
   from_patches<T>(rt, patches.template view<3>(), p, v);

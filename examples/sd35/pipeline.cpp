@@ -10,6 +10,7 @@
 #include <linattn/weights/random.hpp>
 
 #include "embeddings.hpp"
+#include "nn/finite.hpp"
 #include "nn/resize.hpp"
 #include "nn/small_file.hpp"
 #include "vae.hpp"
@@ -62,6 +63,10 @@ std::string size_text(Index width, Index height) {
   return std::to_string(width) + " x " + std::to_string(height);
 }
 
+std::span<float> values_of(Tensor<float>& tensor) {
+  return {tensor.data(), static_cast<std::size_t>(tensor.elements())};
+}
+
 // Scaled until it covers the size, where that is another, and cut to it evenly.
 Image cover(const Image& image, Index width, Index height) {
   const double scale = std::max(static_cast<double>(width) / static_cast<double>(image.width),
@@ -94,10 +99,14 @@ void sample(Runtime& rt, const Mmdit<T>& transformer, const Conditioning<T>& tex
     std::copy_n(text.pooled.data() + row % batch * pooled_width, pooled_width,
                 pooled.data() + row * pooled_width);
   }
-  const Modulations<T> modulations = transformer.modulate(rt, std::as_const(times).template view<2>(),
-                                                          std::as_const(pooled).template view<2>());
-  const Tensor<T> context =
-      transformer.embed_context(rt, slice<0>(text.context.template view<3>(), 0, batch));
+  const std::string stage = "transformer";
+  const Modulations<T> modulations = in_stage(stage, [&] {
+    return transformer.modulate(rt, std::as_const(times).template view<2>(),
+                                std::as_const(pooled).template view<2>());
+  });
+  const Tensor<T> context = in_stage(stage, [&] {
+    return transformer.embed_context(rt, slice<0>(text.context.template view<3>(), 0, batch));
+  });
 
   const auto span = [elements](T* data) { return std::span<T>(data, static_cast<std::size_t>(elements)); };
   const auto shape = [&](Index count) {
@@ -109,20 +118,34 @@ void sample(Runtime& rt, const Mmdit<T>& transformer, const Conditioning<T>& tex
   Tensor<T> v(shape(batch)), skipped(shape(1)), denoised(shape(1));
   const std::span<T> x = span(latent.data), cond = span(v.data()), guided = span(denoised.data());
   for (int step = 0; step < steps; ++step) {
-    transformer.forward(rt, shared, context.template view<3>(), modulations, step * batch, {},
-                        v.template view<4>());
+    const auto forward = [&](const TensorView<const T, 4>& latents, Index prompts, std::span<const int> skip,
+                             Tensor<T>& out) {
+      in_stage(
+          stage,
+          [&] {
+            transformer.forward(rt, latents, slice<0>(context.template view<3>(), 0, prompts), modulations,
+                                step * batch, skip, out.template view<4>());
+          },
+          step_text(step));
+    };
+    const auto expect = [&](const std::string& place, std::span<const T> values) {
+      expect_finite<T>(place + step_text(step), values);
+    };
+    forward(shared, batch, {}, v);
     if (batch == 2)
       guide<T>(cond, span(v.data() + elements), options.cfg_scale, guided);
     else
       std::copy(cond.begin(), cond.end(), guided.begin());
+    expect("guidance", guided);
     if (options.skip_layers.active(step, options.schedule > 0 ? options.schedule : steps)) {
-      transformer.forward(rt, latent, slice<0>(context.template view<3>(), 0, 1), modulations, step * batch,
-                          options.skip_layers.layers, skipped.template view<4>());
+      forward(latent, 1, options.skip_layers.layers, skipped);
       guide_skip_layer<T>(cond, span(skipped.data()), options.skip_layers.scale, guided);
+      expect("skip-layer guidance", guided);
     }
     integrator.denoise(step, x, guided, guided);
     if (observe) observe(step, x, guided);
     integrator.advance(step, guided, x);
+    expect("sampler", x);
   }
 }
 
@@ -178,7 +201,8 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
       throw std::runtime_error("no " + std::string(name(component)) + " was given: use --model or " + option);
     return Checkpoint::open(from, component);
   };
-  const Mmdit<float> transformer(find(files.transformer, Component::transformer, "--diffusion-model"));
+  const Checkpoint transformer_file = find(files.transformer, Component::transformer, "--diffusion-model");
+  const Mmdit<float> transformer(transformer_file);
   const Checkpoint vae_file = find(files.vae, Component::vae, "--vae");
   const VaeConfig vae_config = VaeConfig::of(vae_file);
   const VaeDecoder<float> vae(vae_file, vae_config);
@@ -275,7 +299,12 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
                    [](std::uint8_t value) { return static_cast<float>(value) / 127.5f - 1; });
     const TensorView<const float, 4> view{
         pixels.data(), {1, 3, init.height, init.width}, {init.height * init.width * 3, 1, init.width * 3, 3}};
-    init_latent = encoder->latent(encoder->moments(rt, view, {}, memory));
+    with_weights_of(vae_file, [&] {
+      in_stage("VAE encoder", [&] {
+        init_latent = encoder->latent(encoder->moments(rt, view, {}, memory));
+        expect_finite<float>("latent", values_of(init_latent));
+      });
+    });
     encoder.reset();
   }
   common.stages.back().seconds = watch->seconds();
@@ -287,22 +316,24 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
     picture.options.seed = subjects[i].seed;
     watch.reset();
     begin(picture.stages, "sampling");
-    const auto values = [](Tensor<float>& tensor) {
-      return std::span<float>(tensor.data(), static_cast<std::size_t>(tensor.elements()));
-    };
     Tensor<float> noise({1, config.in_channels, rows, columns});
-    linattn::TorchGenerator(subjects[i].seed).normal(values(noise));
+    linattn::TorchGenerator(subjects[i].seed).normal(values_of(noise));
     Tensor<float> latent = init_latent.empty() ? Tensor<float>::zeros(noise.shape()) : init_latent.clone();
-    add_noise<float>(levels[0], values(noise), values(latent));
+    add_noise<float>(levels[0], values_of(noise), values_of(latent));
     if (progress.on_step) progress.on_step(0, steps);
-    sample<float>(rt, transformer, texts[i], levels,
-                  {options.method, *chosen.cfg_scale, options.skip_layers, *chosen.steps}, latent.view<4>(),
-                  [&](int step, auto, auto) {
-                    if (progress.on_step) progress.on_step(step + 1, steps);
-                  });
+    with_weights_of(transformer_file, [&] {
+      sample<float>(rt, transformer, texts[i], levels,
+                    {options.method, *chosen.cfg_scale, options.skip_layers, *chosen.steps}, latent.view<4>(),
+                    [&](int step, auto, auto) {
+                      if (progress.on_step) progress.on_step(step + 1, steps);
+                    });
+    });
     picture.seconds_a_step = watch->seconds() / steps;
     begin(picture.stages, "decode");
-    const Tensor<float> pixels = vae.decode(rt, std::as_const(latent).view<4>(), {}, memory);
+    const Tensor<float> pixels = with_weights_of(vae_file, [&] {
+      return in_stage("VAE decoder",
+                      [&] { return vae.decode(rt, std::as_const(latent).view<4>(), {}, memory); });
+    });
     if (pixels.extent(3) != 3)
       throw std::runtime_error("the VAE makes pictures of " + std::to_string(pixels.extent(3)) +
                                " colours, not 3");

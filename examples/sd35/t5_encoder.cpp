@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "nn/finite.hpp"
+
 namespace sd35 {
 
 template <class T>
@@ -57,6 +59,12 @@ Tensor<T> T5Encoder<T>::encode(Runtime& rt, std::span<const std::int32_t> tokens
     throw std::runtime_error("T5 encoder: " + std::to_string(tokens.size()) + " tokens in " +
                              std::to_string(batch) + " rows");
   Tensor<T> x = embed<T>(rt, embedding_, tokens, batch);
+  const auto expect = [&](const std::string& place) {
+    expect_finite<T>(rt, place, std::as_const(x).template view<3>());
+  };
+  expect("embedding");
+  // A bias of -Inf would hide a key.
+  expect_finite<T>("relative attention bias", relative_bias_);
 
   // The bias depends on key - query alone: a row of 2 N - 1 values a head, and a view that steps back by one
   // for each query.
@@ -92,9 +100,11 @@ Tensor<T> T5Encoder<T>::encode(Runtime& rt, std::span<const std::int32_t> tokens
     add<T>(rt, x.template view<3>(), n);
     for (const auto* weights : {&block.q, &block.k, &block.v, &block.o, &block.wi_0, &block.wi_1, &block.wo})
       release(weights->weight);
+    expect("block " + std::to_string(i));
     if (observe) observe("block" + std::to_string(i), x.template view<3>());
   }
   rms_norm<T>(rt, "T5 norm", x.template view<3>(), final_norm_, eps_, x.template view<3>());
+  expect("final norm");
   return x;
 }
 

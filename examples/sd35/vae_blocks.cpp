@@ -9,6 +9,7 @@
 
 #include <linattn/ops/linear_cpu.hpp>
 
+#include "nn/finite.hpp"
 #include "nn/rows.hpp"
 
 namespace sd35::vae {
@@ -388,11 +389,12 @@ void apply_banded(Runtime& rt, const Conv<T>* upsample, const ResBlock<T>& block
 template <class T>
 void apply(Runtime& rt, const Middle<T>& middle, Image<T>& x, const std::string& name,
            const Observer<T>& observe) {
-  const auto show = [&](const char* part) {
+  const auto show = [&](const char* part, const char* place) {
+    expect_finite<T>(rt, place, std::as_const(x).view());
     if (observe) observe(name + part, std::as_const(x).view());
   };
   apply(rt, middle.block1, x);
-  show("block_1");
+  show("block_1", "middle block 1");
   {
     Tensor<T> normed(x.values.shape());
     normalize(rt, x, norm_terms(rt, x, middle.norm), normed);
@@ -405,9 +407,9 @@ void apply(Runtime& rt, const Middle<T>& middle, Image<T>& x, const std::string&
     linear<T>(rt, n, middle.proj, q.template view<3>());
     add<T>(rt, x.view(), q.template view<3>());
   }
-  show("attn_1");
+  show("attn_1", "middle attention");
   apply(rt, middle.block2, x);
-  show("block_2");
+  show("block_2", "middle block 2");
 }
 
 #define SD35_INSTANTIATE(T)                                                                             \

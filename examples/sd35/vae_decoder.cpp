@@ -2,6 +2,7 @@
 #include <string>
 #include <utility>
 
+#include "nn/finite.hpp"
 #include "vae.hpp"
 
 namespace sd35 {
@@ -65,7 +66,8 @@ Tensor<T> VaeDecoder<T>::decode(Runtime& rt, const TensorView<const T, 4>& laten
                              " channels, got " + to_string({batch, latent.extent(1), height, width}));
 
   vae::Image<T> x(batch, height, width, latent_channels());
-  const auto show = [&](const std::string& name) {
+  const auto show = [&](const std::string& name, const std::string& place) {
+    expect_finite<T>(rt, place, std::as_const(x).view());
     if (observe) observe(name, std::as_const(x).view());
   };
   for (Index b = 0; b < batch; ++b)
@@ -74,30 +76,32 @@ Tensor<T> VaeDecoder<T>::decode(Runtime& rt, const TensorView<const T, 4>& laten
         for (Index c = 0; c < latent_channels(); ++c)
           x.view()(b, y * width + i, c) =
               latent(b, c, y, i) / static_cast<T>(config_.scaling) + static_cast<T>(config_.shift);
-  show("z");
+  show("z", "latent");
   if (post_quant_) {
     x.values = linear<T>(rt, std::as_const(x).view(), *post_quant_);
-    show("post_quant_conv");
+    show("post_quant_conv", "post_quant_conv");
   }
   x = vae::convolve<T>(rt, x, {.conv = &conv_in_});
-  show("conv_in");
+  show("conv_in", "conv_in");
   vae::apply(rt, middle_, x, "mid.", observe);
 
   const vae::Conv<T>* upsample = nullptr;  // that comes before the level
   for (std::size_t level = levels_.size(); level-- > 0;) {
+    const std::string name = "up." + std::to_string(level), place = "up block " + std::to_string(level);
     const Index scale = upsample != nullptr ? 2 : 1;
     const bool bands = vae::in_bands<T>(memory, scale * scale * x.values.elements());
     if (upsample != nullptr && (!bands || levels_[level].blocks.empty())) {
       x = vae::convolve<T>(rt, x, {.conv = upsample, .sampling = vae::Sampling::up});
       upsample = nullptr;
-      show("up." + std::to_string(level + 1) + ".upsample");
+      show("up." + std::to_string(level + 1) + ".upsample",
+           "up block " + std::to_string(level + 1) + ", upsampling");
     }
     for (std::size_t block = 0; block < levels_[level].blocks.size(); ++block) {
       if (bands)
         vae::apply_banded(rt, std::exchange(upsample, nullptr), levels_[level].blocks[block], x);
       else
         vae::apply(rt, levels_[level].blocks[block], x);
-      show("up." + std::to_string(level) + ".block." + std::to_string(block));
+      show(name + ".block." + std::to_string(block), place + ", residual block " + std::to_string(block));
     }
     if (levels_[level].upsample) upsample = &*levels_[level].upsample;
   }
@@ -108,6 +112,7 @@ Tensor<T> VaeDecoder<T>::decode(Runtime& rt, const TensorView<const T, 4>& laten
     observe("norm_out", std::as_const(normed).view());
   }
   x = vae::convolve<T>(rt, x, {.conv = &conv_out_, .norm_terms = &terms});
+  expect_finite<T>(rt, "conv_out", std::as_const(x).view());
   return std::move(x.values).reshaped({batch, x.height, x.width, conv_out_.out()});
 }
 

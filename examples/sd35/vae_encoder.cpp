@@ -2,6 +2,7 @@
 #include <string>
 #include <utility>
 
+#include "nn/finite.hpp"
 #include "vae.hpp"
 
 namespace sd35 {
@@ -57,7 +58,8 @@ Tensor<T> VaeEncoder<T>::moments(Runtime& rt, const TensorView<const T, 4>& pict
                              to_string({batch, colours, height, width}));
 
   vae::Image<T> x(batch, height, width, colours);
-  const auto show = [&](const std::string& name) {
+  const auto show = [&](const std::string& name, const std::string& place) {
+    expect_finite<T>(rt, place, std::as_const(x).view());
     if (observe) observe(name, std::as_const(x).view());
   };
   for (Index b = 0; b < batch; ++b)
@@ -65,20 +67,21 @@ Tensor<T> VaeEncoder<T>::moments(Runtime& rt, const TensorView<const T, 4>& pict
       for (Index i = 0; i < width; ++i)
         for (Index c = 0; c < colours; ++c) x.view()(b, y * width + i, c) = picture(b, c, y, i);
   x = vae::convolve<T>(rt, x, {.conv = &conv_in_});
-  show("conv_in");
+  show("conv_in", "conv_in");
   for (std::size_t level = 0; level < levels_.size(); ++level) {
-    const std::string name = "down." + std::to_string(level) + ".";
+    const std::string name = "down." + std::to_string(level) + ".",
+                      place = "down block " + std::to_string(level) + ", ";
     const bool bands = vae::in_bands<T>(memory, x.values.elements());
     for (std::size_t block = 0; block < levels_[level].blocks.size(); ++block) {
       if (bands)
         vae::apply_banded<T>(rt, nullptr, levels_[level].blocks[block], x);
       else
         vae::apply(rt, levels_[level].blocks[block], x);
-      show(name + "block." + std::to_string(block));
+      show(name + "block." + std::to_string(block), place + "residual block " + std::to_string(block));
     }
     if (levels_[level].downsample) {
       x = vae::convolve<T>(rt, x, {.conv = &*levels_[level].downsample, .sampling = vae::Sampling::down});
-      show(name + "downsample");
+      show(name + "downsample", place + "downsampling");
     }
   }
   vae::apply(rt, middle_, x, "mid.", observe);
@@ -90,6 +93,7 @@ Tensor<T> VaeEncoder<T>::moments(Runtime& rt, const TensorView<const T, 4>& pict
   }
   x = vae::convolve<T>(rt, x, {.conv = &conv_out_, .norm_terms = &terms});
   if (quant_) x.values = linear<T>(rt, std::as_const(x).view(), *quant_);
+  expect_finite<T>(rt, quant_ ? "quant_conv" : "conv_out", std::as_const(x).view());
   return std::move(x.values).reshaped({batch, x.height, x.width, 2 * latent_channels()});
 }
 

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -112,6 +113,18 @@ class AtomicFolder {
   std::filesystem::path target_, temporary_;
 };
 
+// Whether no element is Inf or NaN; integers are none.
+[[nodiscard]] inline bool all_finite(Dtype dtype, std::span<const std::byte> bytes) {
+  bool finite = true;
+  visit_dtype(dtype, [&](auto type) {
+    for (; finite && !bytes.empty(); bytes = bytes.subspan(sizeof type)) {
+      std::memcpy(&type, bytes.data(), sizeof type);
+      finite = std::isfinite(convert<double>(type));
+    }
+  });
+  return finite;
+}
+
 // The values of a new tensor, in its dtype.
 [[nodiscard]] inline FileStatus create_values(const PlanItem& item, const Safetensors* init_file,
                                               std::vector<std::byte>& out) {
@@ -129,6 +142,10 @@ class AtomicFolder {
         status = read(given, std::span(values));
         std::memcpy(out.data(), values.data(), out.size());
       });
+    if (status.ok() && !all_finite(item.target.dtype, out))
+      return file_error(init_file->path(),
+                        "holds a value that is not finite as " + std::string(name(item.target.dtype)),
+                        given.name, Code::option);
     return status;
   }
   std::vector<float> values(count, 1.0f);
