@@ -43,7 +43,7 @@ Checkpoint open_checkpoint(const std::filesystem::path& path) {
     if (!prefixes.empty()) return Checkpoint::open(path, prefixes[0]);
   }
   fail(whole, "holds no DiT (no tensor '" + std::string(linattn::detail::dit_anchor) + "')" +
-                  (holds(whole.files(), "transformer_blocks.")
+                  (whole.files().holds_below("transformer_blocks.")
                        ? "; names are those of diffusers, the official ones are expected"
                        : ""));
 }

@@ -36,11 +36,6 @@ std::string describe_shape(const std::vector<Index>& shape) {
 
 }  // namespace
 
-bool holds(const Safetensors& files, const std::string& beginning) {
-  return std::any_of(files.tensors().begin(), files.tensors().end(),
-                     [&](const TensorInfo& info) { return info.name.starts_with(beginning); });
-}
-
 nlohmann::json read_config(const fs::path& folder) {
   const fs::path path = folder / "config.json";
   std::error_code ignored;

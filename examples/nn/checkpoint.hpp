@@ -116,9 +116,6 @@ class Checkpoint {
 // The config.json of a folder; null where there is none.
 [[nodiscard]] nlohmann::json read_config(const std::filesystem::path& folder);
 
-// Whether the name of any tensor begins so.
-[[nodiscard]] bool holds(const linattn::Safetensors& files, const std::string& beginning);
-
 // Takes the pages of a mapped weight out of this process until they are touched again; they may stay in the
 // system's cache. For weights that a model reads once in a long while.
 void release(const Weight& weight);

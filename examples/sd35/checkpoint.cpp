@@ -173,7 +173,7 @@ std::string guess_family(const Safetensors& files) {
       {"model.diffusion_model.joint_blocks.", "an SD3 or SD3.5 model file"},
   }};
   for (const auto& [beginning, family] : known)
-    if (holds(files, std::string(beginning))) return "; it looks like " + std::string(family);
+    if (files.holds_below(beginning)) return "; it looks like " + std::string(family);
   return {};
 }
 
@@ -214,7 +214,7 @@ std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Comp
   for (const std::string_view prefix : wanted.prefixes)
     for (std::size_t i = 0; i < wanted.signatures.size() && !found; ++i)
       if (const std::string_view signature = wanted.signatures[i];
-          !signature.empty() && holds(*files, std::string(prefix) + std::string(signature))) {
+          !signature.empty() && files->holds_below(std::string(prefix) + std::string(signature))) {
         found = true;
         checkpoint.prefix_ = prefix;
         checkpoint.diffusers_ = i % 2 == 1;
@@ -231,11 +231,11 @@ std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Comp
 
   const std::string levels = checkpoint.prefix_ + "decoder.up_blocks.";
   if (component == Component::vae && checkpoint.diffusers_)
-    while (holds(*checkpoint.files_, levels + std::to_string(checkpoint.vae_levels_) + "."))
+    while (checkpoint.files_->holds_below(levels + std::to_string(checkpoint.vae_levels_) + "."))
       ++checkpoint.vae_levels_;
   checkpoint.vae_old_attention_ =
-      holds(*checkpoint.files_, checkpoint.prefix_ + "decoder.mid_block.attentions.0.query.") ||
-      holds(*checkpoint.files_, checkpoint.prefix_ + "encoder.mid_block.attentions.0.query.");
+      checkpoint.files_->holds_below(checkpoint.prefix_ + "decoder.mid_block.attentions.0.query.") ||
+      checkpoint.files_->holds_below(checkpoint.prefix_ + "encoder.mid_block.attentions.0.query.");
 
   checkpoint.takes_f8_ = component == Component::t5;
   return checkpoint;

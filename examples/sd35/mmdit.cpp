@@ -2,14 +2,15 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
 
 #include <linattn/cpu.hpp>
+#include <linattn/weights/sd35.hpp>
 
 #include "nn/finite.hpp"
 #include "nn/patches.hpp"
@@ -79,16 +80,18 @@ std::string block_name(Index i) { return "joint_blocks." + std::to_string(i) + "
   throw std::runtime_error(checkpoint.path().string() + ": " + what);
 }
 
-// 1 + the largest number of a block.
+// The blocks of the file, which config.json may say as well.
 Index count_blocks(const Checkpoint& checkpoint) {
-  const std::string_view prefix = checkpoint.diffusers() ? "transformer_blocks." : "joint_blocks.";
+  const bool diffusers = checkpoint.diffusers();
+  const std::string blocks = checkpoint.full_name("") + (diffusers ? "transformer_blocks." : "joint_blocks.");
   Index count = 0;
-  for (const std::string& name : checkpoint.stored_names()) {
-    if (!name.starts_with(prefix)) continue;
-    Index index = 0;
-    const auto [end, error] = std::from_chars(name.data() + prefix.size(), name.data() + name.size(), index);
-    if (error == std::errc{}) count = std::max(count, index + 1);
-  }
+  const linattn::FileStatus status = linattn::count_blocks(
+      checkpoint.files(), blocks,
+      sd35_least(diffusers ? linattn::Sd35Layout::diffusers : linattn::Sd35Layout::official), count);
+  if (!status.ok()) throw std::runtime_error(message(status));
+  if (const Index said = checkpoint.config_value("num_layers", count); said != count)
+    fail(checkpoint, "holds " + std::to_string(count) + " blocks, but its config.json says num_layers " +
+                         std::to_string(said));
   return count;
 }
 
@@ -101,7 +104,7 @@ MmditConfig MmditConfig::of(const Checkpoint& checkpoint) {
   config.patch = checkpoint.config_value("patch_size", patches[2]);
   config.in_channels = checkpoint.config_value("in_channels", patches[1]);
   config.width = patches[0];
-  config.depth = checkpoint.config_value("num_layers", count_blocks(checkpoint));
+  config.depth = count_blocks(checkpoint);
   config.context_width = checkpoint.config_value(
       "joint_attention_dim", checkpoint.matrix("context_embedder.weight", any, any).extent(1));
   config.pooled_width = checkpoint.config_value(
@@ -140,14 +143,11 @@ MmditConfig MmditConfig::of(const Checkpoint& checkpoint) {
 
   const nlohmann::json& json = checkpoint.config();
   const bool listed = json.is_object() && json.contains("dual_attention_layers");
-  for (Index i = 0; i < config.depth; ++i) {
-    bool dual = checkpoint.has(block_name(i) + "x_block.attn2.q.weight");
-    if (listed) {
-      dual = false;
-      for (const nlohmann::json& layer : json["dual_attention_layers"]) dual = dual || layer == i;
-    }
-    config.dual.push_back(dual);
-  }
+  std::set<nlohmann::json> layers;
+  if (listed) layers.insert(json["dual_attention_layers"].begin(), json["dual_attention_layers"].end());
+  for (Index i = 0; i < config.depth; ++i)
+    config.dual.push_back(listed ? layers.contains(i)
+                                 : checkpoint.has(block_name(i) + "x_block.attn2.q.weight"));
   return config;
 }
 

@@ -269,7 +269,20 @@ TEST_CASE("dit: what does not fit is refused") {
   SUBCASE("block numbers out of thin air") {
     CheckpointBuilder builder = dit(tiny);
     builder.add("blocks.1000000000.attn.qkv.weight", Dtype::f32, {24, 8});
-    refused(builder, options, "has no block number");
+    refused(builder, options, "is of block 1000000000, but no tensor is of block 2");
+    builder = dit(tiny);
+    builder.add("blocks.3.mlp.fc1.bias", Dtype::f32, {32});
+    refused(builder, options, "'blocks.3.mlp.fc1.bias': is of block 3, but no tensor is of block 2");
+    for (const char* number : {"-1", "01", "1x", "99999999999999999999", ""}) {
+      builder = dit(tiny);
+      builder.add("blocks." + std::string(number) + ".x", Dtype::f32, {1});
+      refused(builder, options, "has no block number");
+    }
+  }
+  SUBCASE("more blocks than tensors can fill") {
+    CheckpointBuilder builder = dit(tiny);
+    for (int i = 2; i < 1000; ++i) builder.add("blocks." + std::to_string(i) + ".x", Dtype::f32, {0});
+    refused(builder, options, "holds 1018 tensors in 1000 blocks, but a block has at least 10");
   }
   SUBCASE("a dtype that new weights cannot have") {
     CheckpointBuilder builder = dit(tiny);

@@ -96,10 +96,9 @@ inline constexpr std::string_view dit_anchor = "x_embedder.proj.weight";
 [[nodiscard]] inline FileStatus recognise_dit(const Safetensors& file, const std::string& prefix,
                                               DitModel& out) {
   DitModel model;
-  FileStatus status = detail::visit_blocks(file, prefix + "blocks.", [&](const std::string&, Index block) {
-    model.depth = std::max(model.depth, block + 1);
-  });
-  if (!status.ok()) return status;
+  constexpr Index least = 10;  // tensors of a block
+  if (FileStatus status = count_blocks(file, prefix + "blocks.", least, model.depth); !status.ok())
+    return status;
   detail::ShapeReader shapes(file, prefix);
   model.width = shapes.extent("x_embedder.proj.weight", 4, 0);
   model.channels = shapes.extent("x_embedder.proj.weight", 4, 1);

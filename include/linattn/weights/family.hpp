@@ -69,9 +69,7 @@ struct NewTensorRule {
 struct DropRule {
   std::string name, reason;
 
-  [[nodiscard]] bool matches(std::string_view tensor) const {
-    return name.ends_with('.') ? tensor.starts_with(name) : tensor == name;
-  }
+  [[nodiscard]] bool is_prefix() const { return name.ends_with('.'); }
 };
 
 // All that a plan needs to know of a model.

@@ -229,14 +229,12 @@ class AtomicFolder {
   if (source.sharded()) {
     nlohmann::ordered_json index;
     if (FileStatus status = read_config(source.path(), index); !status.ok()) return status;
-    nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
     std::map<std::string, std::string> sorted;
     for (const PlanItem& item : plan.items)
       if (item.from != Source::drop)
         sorted[item.target.name] = source.shards()[item.shard].path().filename().string();
-    for (auto& [tensor, file] : sorted) weight_map.emplace(tensor, file);
     index["metadata"]["total_size"] = totals(plan).target_bytes;
-    index["weight_map"] = std::move(weight_map);
+    index["weight_map"] = sorted;
     if (FileStatus status = write_file(transformer / source.path().filename(), pretty(index)); !status.ok())
       return status;
   }

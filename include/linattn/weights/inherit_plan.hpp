@@ -273,11 +273,24 @@ inline void plan_inherited(const Safetensors& file, Plan& plan) {
     return std::any_of(model.beside.begin(), model.beside.end(),
                        [&](const std::string& prefix) { return tensor.starts_with(prefix); });
   };
+  // As many whole names may be dropped as there are tensors, but few prefixes.
+  std::map<std::string_view, const DropRule*> dropped;
+  std::vector<const DropRule*> dropped_below;
+  for (const DropRule& rule : model.dropped)
+    if (rule.is_prefix())
+      dropped_below.push_back(&rule);
+    else
+      dropped.emplace(rule.name, &rule);
+  const auto drop_rule = [&](std::string_view tensor) -> const DropRule* {
+    if (const auto found = dropped.find(tensor); found != dropped.end()) return found->second;
+    const auto found = std::find_if(dropped_below.begin(), dropped_below.end(),
+                                    [&](const DropRule* rule) { return tensor.starts_with(rule->name); });
+    return found != dropped_below.end() ? *found : nullptr;
+  };
   for (const TensorInfo& info : file.tensors()) {
     PlanItem item{.target = info, .source = info.name, .shard = info.shard};
     const auto found = expected.find(info.name);
-    const auto drop = std::find_if(model.dropped.begin(), model.dropped.end(),
-                                   [&](const DropRule& rule) { return rule.matches(info.name); });
+    const DropRule* const drop = drop_rule(info.name);
     if (found != expected.end()) {
       const TensorRule& rule = *found->second;
       const std::vector<Index>& given = rule.given.empty() ? rule.target.shape : rule.given;
@@ -291,7 +304,7 @@ inline void plan_inherited(const Safetensors& file, Plan& plan) {
         item.reason = rule.note;
       }
       expected.erase(found);
-    } else if (drop != model.dropped.end()) {
+    } else if (drop != nullptr) {
       item.from = Source::drop;
       item.reason = drop->reason;
     } else if (!beside(info.name)) {
@@ -322,15 +335,15 @@ using InitModules = std::map<std::string, std::pair<std::string, ModuleConversio
   std::map<std::string_view, const AttentionRule*> known;
   for (const AttentionRule& attention : plan.model.attentions)
     for (const std::string& alias : attention.aliases) known.emplace(alias, &attention);
+  std::set<std::string_view> replaced;
+  for (const AttentionRule& attention : plan.replaced) replaced.insert(attention.stem);
   for (const auto& [stem, module] : conversion) {
     const auto attention = known.find(stem);
     if (attention == known.end()) return unused(stem + ".w1");
     if (!out.emplace(attention->second->stem, std::pair(stem, module)).second)
       return file_error(file.path(), "the module is there twice, under two names", stem + ".w1",
                         Code::option);
-    if (std::any_of(plan.replaced.begin(), plan.replaced.end(),
-                    [&](const AttentionRule& which) { return which.stem == attention->second->stem; }))
-      continue;
+    if (replaced.contains(attention->second->stem)) continue;
     for (const TensorSpec& spec : module_tensors(stem, module, 1, 1, Dtype::f32))
       plan.not_needed.push_back(spec.name);
   }

@@ -1,10 +1,12 @@
 // JSON from untrusted files: no exceptions, no duplicate keys, bounded depth.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <limits>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -45,11 +47,12 @@ class StrictJsonBuilder {
   bool binary(binary_t&) { return fail("binary value"); }
   bool start_object(std::size_t) { return push(Json::object()); }
   bool start_array(std::size_t) { return push(Json::array()); }
-  bool end_object() { return pop(); }
+  bool end_object() { return unique_keys(*stack_.back()) && pop(); }
   bool end_array() { return pop(); }
 
   bool key(string_t& name) {
-    if (stack_.back()->contains(name)) return fail("duplicate key '" + name.substr(0, 200) + "'");
+    if constexpr (!keeps_order)
+      if (stack_.back()->contains(name)) return duplicate(name);
     key_ = std::move(name);
     return true;
   }
@@ -59,9 +62,25 @@ class StrictJsonBuilder {
   }
 
  private:
+  // ordered_json looks a key up by going through all of them, which a large object must not cost for each key.
+  static constexpr bool keeps_order = std::is_same_v<Json, nlohmann::ordered_json>;
+
   bool fail(std::string why) {
     error_ = std::move(why);
     return false;
+  }
+  bool duplicate(const std::string& name) { return fail("duplicate key '" + name.substr(0, 200) + "'"); }
+  bool unique_keys([[maybe_unused]] const Json& object) {
+    if constexpr (keeps_order) {
+      std::vector<const std::string*> keys;
+      for (const auto& [name, value] : object.template get_ref<const typename Json::object_t&>())
+        keys.push_back(&name);
+      std::sort(keys.begin(), keys.end(), [](const auto* a, const auto* b) { return *a < *b; });
+      const auto same =
+          std::adjacent_find(keys.begin(), keys.end(), [](const auto* a, const auto* b) { return *a == *b; });
+      if (same != keys.end()) return duplicate(**same);
+    }
+    return true;
   }
   Json* add(Json&& value) {
     if (stack_.empty()) {
@@ -69,7 +88,15 @@ class StrictJsonBuilder {
       return &root_;
     }
     Json& parent = *stack_.back();
-    if (parent.is_object()) return &(parent[key_] = std::move(value));
+    if (parent.is_object()) {
+      auto& object = parent.template get_ref<typename Json::object_t&>();
+      if constexpr (keeps_order)
+        return &static_cast<typename Json::object_t::Container&>(object)
+                    .emplace_back(std::move(key_), std::move(value))
+                    .second;
+      else
+        return &object.insert_or_assign(std::move(key_), std::move(value)).first->second;
+    }
     if (parent.size() >= limits_.array) {
       error_ = "array of more than " + std::to_string(limits_.array) + " elements";
       return nullptr;

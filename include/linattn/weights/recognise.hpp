@@ -1,6 +1,7 @@
 // What the families share in recognising a checkpoint: sizes from shapes, block numbers, sets of weights, heads.
 #pragma once
 
+#include <algorithm>
 #include <charconv>
 #include <cstddef>
 #include <optional>
@@ -86,21 +87,50 @@ class ShapeReader {
   FileStatus status_;
 };
 
-// Calls visit(name, number) for each tensor below `blocks` ("blocks."). The numbers come from the file: only as
-// many as there are tensors can be true.
-template <class Visitor>
-[[nodiscard]] FileStatus visit_blocks(const Safetensors& file, std::string_view blocks, Visitor&& visit) {
+// The number that a name has behind `blocks` ("blocks."), up to the next dot, or nothing.
+[[nodiscard]] inline std::optional<Index> block_number(std::string_view tensor, std::string_view blocks) {
+  const std::string_view rest = tensor.substr(blocks.size()), digits = rest.substr(0, rest.find('.'));
+  Index block = 0;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), block);
+  if (error != std::errc() || end != digits.data() + digits.size() || digits.size() == rest.size() ||
+      digits[0] == '-' || (digits[0] == '0' && digits.size() > 1))
+    return std::nullopt;
+  return block;
+}
+
+}  // namespace detail
+
+// Counts the blocks whose tensors lie below `blocks`. All that follows grows with their number, which a name alone can
+// make large: the numbers must run from 0 without a gap, and half of the `least` tensors that a block of the family
+// has must be there on average.
+[[nodiscard]] inline FileStatus count_blocks(const Safetensors& file, std::string_view blocks, Index least,
+                                             Index& depth) {
+  const TensorInfo* highest = nullptr;
+  Index tensors = 0, last = -1;
+  std::vector<bool> there(file.tensors().size());
   for (const TensorInfo& info : file.tensors()) {
     if (!info.name.starts_with(blocks)) continue;
-    const char *begin = info.name.data() + blocks.size(), *end = info.name.data() + info.name.size();
-    Index block = 0;
-    if (std::from_chars(begin, end, block).ec != std::errc() || block < 0 ||
-        block >= static_cast<Index>(file.tensors().size()))
-      return file_error(file.path(), "has no block number", info.name);
-    visit(info.name, block);
+    const std::optional<Index> block = detail::block_number(info.name, blocks);
+    if (!block) return detail::file_error(file.path(), "has no block number", info.name);
+    if (*block > last) last = *block, highest = &info;
+    if (*block < static_cast<Index>(there.size())) there[static_cast<std::size_t>(*block)] = true;
+    ++tensors;
   }
+  const Index gap = std::find(there.begin(), there.end(), false) - there.begin();
+  if (gap < last)
+    return detail::file_error(
+        file.path(),
+        "is of block " + std::to_string(last) + ", but no tensor is of block " + std::to_string(gap),
+        highest->name);
+  depth = last + 1;
+  if (2 * tensors < least * depth)
+    return detail::file_error(file.path(), "holds " + std::to_string(tensors) + " tensors in " +
+                                               std::to_string(depth) + " blocks, but a block has at least " +
+                                               std::to_string(least));
   return {};
 }
+
+namespace detail {
 
 // A tensor that the target has as the source does.
 [[nodiscard]] inline TensorRule inherit_as_is(TensorSpec spec) {

@@ -365,10 +365,14 @@ class Safetensors {
 
   // The tensor of a name, or null.
   [[nodiscard]] const TensorInfo* find(std::string_view tensor) const {
-    const auto found = std::lower_bound(
-        by_name_.begin(), by_name_.end(), tensor,
-        [&](std::size_t position, std::string_view wanted) { return tensors_[position].name < wanted; });
-    return found != by_name_.end() && tensors_[*found].name == tensor ? &tensors_[*found] : nullptr;
+    const TensorInfo* const found = first_not_before(tensor);
+    return found != nullptr && found->name == tensor ? found : nullptr;
+  }
+
+  // Whether the name of any tensor begins so.
+  [[nodiscard]] bool holds_below(std::string_view beginning) const {
+    const TensorInfo* const found = first_not_before(beginning);
+    return found != nullptr && found->name.starts_with(beginning);
   }
 
   // Shard by shard, in the order of the data.
@@ -385,6 +389,14 @@ class Safetensors {
   [[nodiscard]] bool sharded() const { return !index_.empty(); }
 
  private:
+  // In the order of the names.
+  [[nodiscard]] const TensorInfo* first_not_before(std::string_view name) const {
+    const auto found = std::lower_bound(
+        by_name_.begin(), by_name_.end(), name,
+        [&](std::size_t position, std::string_view wanted) { return tensors_[position].name < wanted; });
+    return found != by_name_.end() ? &tensors_[*found] : nullptr;
+  }
+
   static bool is_index(const std::filesystem::path& path) {
     return path.filename().string().ends_with(".index.json");
   }

@@ -75,6 +75,11 @@ struct Sd35Model {
                                         : "transformer_blocks." + block + "." + attention;
 }
 
+// The tensors that any block has, the last one without norms of queries and keys included; see count_blocks().
+[[nodiscard]] constexpr Index sd35_least(Sd35Layout layout) {
+  return layout == Sd35Layout::official ? 14 : 22;
+}
+
 // "SD3.5 Medium" for the sizes that have a name. Large and Large Turbo have the same shapes.
 [[nodiscard]] inline std::string sd35_label(const Sd35Model& model) {
   const bool named = model.head_dim == 64 && model.depth == model.heads && model.context == 4096;
@@ -173,12 +178,11 @@ struct Sd35Model {
                               "joint_blocks nor the transformer_blocks and pos_embed of diffusers");
   const bool official = model.layout == Sd35Layout::official;
   const std::string blocks = model.prefix + (official ? "joint_blocks." : "transformer_blocks.");
-  FileStatus status = detail::visit_blocks(file, blocks, [&](const std::string& tensor, Index block) {
-    model.depth = std::max(model.depth, block + 1);
-    if (tensor.starts_with(model.prefix + sd35_stem(model.layout, {true, block}) + "."))
+  if (FileStatus status = count_blocks(file, blocks, sd35_least(model.layout), model.depth); !status.ok())
+    return status;
+  for (Index block = 0; block < model.depth; ++block)
+    if (file.holds_below(model.prefix + sd35_stem(model.layout, {true, block}) + "."))
       model.dual_blocks.insert(block);
-  });
-  if (!status.ok()) return status;
 
   detail::ShapeReader shapes(file, model.prefix);
   const auto choose = [&](const char* a, const char* b) { return std::string(official ? a : b); };

@@ -113,10 +113,9 @@ inline constexpr std::string_view vit_anchor = "patch_embed.proj.weight";
 [[nodiscard]] inline FileStatus recognise_vit(const Safetensors& file, const std::string& prefix,
                                               VitModel& out) {
   VitModel model;
-  FileStatus status = detail::visit_blocks(file, prefix + "blocks.", [&](const std::string&, Index block) {
-    model.depth = std::max(model.depth, block + 1);
-  });
-  if (!status.ok()) return status;
+  constexpr Index least = 11;  // tensors of a block, where qkv has no bias
+  if (FileStatus status = count_blocks(file, prefix + "blocks.", least, model.depth); !status.ok())
+    return status;
   detail::ShapeReader shapes(file, prefix);
   model.width = shapes.extent("patch_embed.proj.weight", 4, 0);
   model.channels = shapes.extent("patch_embed.proj.weight", 4, 1);
