@@ -12,12 +12,14 @@
 #include <jpeglib.h>
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string_view>
 #include <system_error>
 
 #include <linattn/weights/atomic_file.hpp>
 
+#include "orientation.hpp"
 #include "signals.hpp"
 #include "small_file.hpp"
 
@@ -93,25 +95,67 @@ std::string read_picture(const fs::path& path) {
 }
 
 // Memory for a picture, once its header has told its size.
-Image make_image(const fs::path& path, Index width, Index height) {
+Image make_image(const fs::path& path, Index width, Index height, Index channels = 3) {
   constexpr Index most = Index{1} << 27;
   if (width < 1 || height < 1 || width > most / height)
     fail(path, "is " + std::to_string(width) + " x " + std::to_string(height) + " pixels; at most " +
                    std::to_string(most) + " are read");
-  return {width, height, std::vector<std::uint8_t>(static_cast<std::size_t>(width * height * 3))};
+  return {width, height, std::vector<std::uint8_t>(static_cast<std::size_t>(width * height * channels))};
 }
 
-Image decode_png(const fs::path& path, const std::string& bytes) {
+// The product of two parts of 255, as such a part.
+std::uint8_t times(std::uint8_t a, std::uint8_t b) { return static_cast<std::uint8_t>((a * b + 127) / 255); }
+
+// Leaves of a PNG the chunks that its pixels are made of: no gamma or colour profile is applied, as in PIL, and no text is
+// unpacked. Returns the orientation that its eXIf says.
+int keep_pixels(const fs::path& path, std::string& png) {
+  constexpr std::size_t signature = 8, around = 12;  // length, type and checksum of a chunk
+  std::size_t kept = signature;
+  std::optional<int> orientation;
+  for (std::size_t at = signature; png.size() - at >= around;) {
+    std::size_t size = 0;
+    for (std::size_t i = 0; i < 4; ++i) size = size << 8 | static_cast<unsigned char>(png[at + i]);
+    if (size > png.size() - at - around) break;
+    const std::string_view type = std::string_view(png).substr(at + 4, 4);
+    const bool is_end = type == "IEND", is_critical = (type[0] & 0x20) == 0;
+    if (type == "eXIf" && !orientation)
+      orientation = exif_orientation(std::string_view(png).substr(at + 8, size));
+    size += around;
+    if (is_critical || type == "tRNS") {
+      std::copy_n(png.begin() + static_cast<Index>(at), size, png.begin() + static_cast<Index>(kept));
+      kept += size;
+    }
+    at += size;
+    if (!is_end) continue;
+    png.resize(kept);
+    return orientation.value_or(1);
+  }
+  fail(path, "is a PNG that is cut short or damaged: it has no end (IEND)");
+}
+
+Image decode_png(const fs::path& path, std::string bytes) {
+  const int orientation = keep_pixels(path, bytes);
   png_image png{};
   png.version = PNG_IMAGE_VERSION;
   const std::unique_ptr<png_image, void (*)(png_image*)> guard(&png, png_image_free);
-  if (png_image_begin_read_from_memory(&png, bytes.data(), bytes.size()) == 0) fail(path, png.message);
-  png.format = PNG_FORMAT_RGB;
-  png.flags |= PNG_IMAGE_FLAG_16BIT_sRGB;  // 16 bits are as little linear as 8, unless the file says so
-  Image image = make_image(path, static_cast<Index>(png.width), static_cast<Index>(png.height));
-  const png_color black{};
-  if (png_image_finish_read(&png, &black, image.rgb.data(), 0, nullptr) == 0) fail(path, png.message);
-  return image;
+  const auto check = [&](int done) {
+    if (done == 0) fail(path, std::string("cannot decode: ") + png.message);
+  };
+  check(png_image_begin_read_from_memory(&png, bytes.data(), bytes.size()));
+  const bool transparent = (png.format & PNG_FORMAT_FLAG_ALPHA) != 0;
+  png.format = transparent ? PNG_FORMAT_RGBA : PNG_FORMAT_RGB;
+  png.flags |= PNG_IMAGE_FLAG_16BIT_sRGB;  // 16 bits are as little linear as 8
+  Image image =
+      make_image(path, static_cast<Index>(png.width), static_cast<Index>(png.height), transparent ? 4 : 3);
+  check(png_image_finish_read(&png, nullptr, image.rgb.data(), 0, nullptr));
+  if (transparent) {
+    const std::size_t pixels = image.rgb.size() / 4;
+    for (std::size_t i = 0; i < pixels; ++i)
+      for (std::size_t c = 0; c < 3; ++c)
+        image.rgb[3 * i + c] = times(image.rgb[4 * i + c], image.rgb[4 * i + 3]);
+    image.rgb.resize(pixels * 3);
+  }
+  return upright(std::move(image), orientation);
 }
 
 // A JPEG while it is decoded. libjpeg leaves by longjmp as well.
@@ -156,6 +200,7 @@ bool read_header(Jpeg& jpeg, const std::string& bytes) {
   jpeg_create_decompress(&jpeg.info);
   jpeg.progress.progress_monitor = on_jpeg_progress;
   jpeg.info.progress = &jpeg.progress;
+  jpeg_save_markers(&jpeg.info, JPEG_APP0 + 1, 0xffff);
   jpeg_mem_src(&jpeg.info, reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
   jpeg_read_header(&jpeg.info, TRUE);
   const bool inks = jpeg.info.jpeg_color_space == JCS_CMYK || jpeg.info.jpeg_color_space == JCS_YCCK;
@@ -175,10 +220,20 @@ bool read_rows(Jpeg& jpeg, std::uint8_t* rgb, std::uint8_t* row) {
     if (row == nullptr) continue;
     for (std::size_t x = 0; x < width; ++x)
       for (std::size_t c = 0; c < 3; ++c)  // inverted inks: what is left of white
-        out[3 * x + c] = static_cast<std::uint8_t>((row[4 * x + c] * row[4 * x + 3] + 127) / 255);
+        out[3 * x + c] = times(row[4 * x + c], row[4 * x + 3]);
   }
   jpeg_finish_decompress(&jpeg.info);
   return true;
+}
+
+// What the first block of Exif says.
+int orientation_of(const Jpeg& jpeg) {
+  constexpr std::string_view name("Exif\0\0", 6);
+  for (const jpeg_marker_struct* marker = jpeg.info.marker_list; marker != nullptr; marker = marker->next) {
+    const std::string_view data(reinterpret_cast<const char*>(marker->data), marker->data_length);
+    if (data.starts_with(name)) return exif_orientation(data.substr(name.size()));
+  }
+  return 1;
 }
 
 Image decode_jpeg(const fs::path& path, const std::string& bytes) {
@@ -186,11 +241,60 @@ Image decode_jpeg(const fs::path& path, const std::string& bytes) {
   if (!read_header(jpeg, bytes)) fail(path, std::string("cannot decode: ") + jpeg.error);
   Image image =
       make_image(path, static_cast<Index>(jpeg.info.image_width), static_cast<Index>(jpeg.info.image_height));
+  const int orientation = orientation_of(jpeg);  // libjpeg drops the markers when it is done
   std::vector<std::uint8_t> row;
   if (jpeg.info.out_color_space == JCS_CMYK) row.resize(static_cast<std::size_t>(image.width) * 4);
   if (!read_rows(jpeg, image.rgb.data(), row.empty() ? nullptr : row.data()))
     fail(path, std::string("cannot decode: ") + jpeg.error);
-  return image;
+  return upright(std::move(image), orientation);
+}
+
+// What other files that people take for pictures begin with; empty for an unknown one.
+std::string_view other_format(std::string_view bytes) {
+  using namespace std::string_view_literals;
+  struct Format {
+    std::size_t at;
+    std::string_view begins, name;
+  };
+  constexpr Format formats[] = {
+      {0, "GIF8"sv, "a GIF"},
+      {8, "WEBP"sv, "a WebP"},
+      {0, "BM"sv, "a BMP"},
+      {0, "II*\0"sv, "a TIFF"},
+      {0, "MM\0*"sv, "a TIFF"},
+      {0, "II+\0"sv, "a TIFF"},
+      {0, "MM\0+"sv, "a TIFF"},
+      {4, "ftypavif"sv, "an AVIF"},
+      {4, "ftypavis"sv, "an AVIF"},
+      {4, "ftyphe"sv, "a HEIC"},
+      {4, "ftypmif1"sv, "a HEIC or AVIF"},
+      {4, "ftypmsf1"sv, "a HEIC or AVIF"},
+      {0, "\xff\x0a"sv, "a JPEG XL"},
+      {4, "JXL \r\n\x87\n"sv, "a JPEG XL"},
+      {4, "jP  \r\n\x87\n"sv, "a JPEG 2000"},
+      {0, "\xff\x4f\xff\x51"sv, "a JPEG 2000"},
+      {0, "8BPS"sv, "a Photoshop file"},
+      {0, "%PDF-"sv, "a PDF"},
+      {0, "<svg"sv, "an SVG"},
+      {0, "<?xml"sv, "an XML file, perhaps an SVG"},
+      {0, "\0\0\1\0"sv, "an icon file"},
+      {0, "qoif"sv, "a QOI"},
+      {0, "P5\n"sv, "a PGM"},
+      {0, "P6\n"sv, "a PPM"},
+  };
+  for (const Format& format : formats)
+    if (bytes.substr(std::min(format.at, bytes.size())).starts_with(format.begins)) return format.name;
+  return {};
+}
+
+// Any of the two: the first bytes tell.
+Image decode(const fs::path& path, std::string bytes) {
+  if (bytes.starts_with("\x89PNG\r\n\x1a\n")) return decode_png(path, std::move(bytes));
+  if (bytes.starts_with("\xff\xd8\xff")) return decode_jpeg(path, bytes);
+  if (bytes.empty()) fail(path, "is empty, neither a PNG nor a JPEG");
+  const std::string_view other = other_format(bytes);
+  fail(path, other.empty() ? "is neither a PNG nor a JPEG"
+                           : "is " + std::string(other) + ", neither a PNG nor a JPEG: convert it to one");
 }
 
 }  // namespace
@@ -254,14 +358,6 @@ void write_png(const fs::path& path, const Image& image, const PngText& text) {
     throw std::runtime_error(message(status));
 }
 
-Image read_png(const fs::path& path) { return decode_png(path, read_picture(path)); }
-Image read_jpeg(const fs::path& path) { return decode_jpeg(path, read_picture(path)); }
-
-Image read_image(const fs::path& path) {
-  const std::string bytes = read_picture(path);
-  if (bytes.starts_with("\x89PNG\r\n\x1a\n")) return decode_png(path, bytes);
-  if (bytes.starts_with("\xff\xd8\xff")) return decode_jpeg(path, bytes);
-  fail(path, "is neither a PNG nor a JPEG");
-}
+Image read_image(const fs::path& path) { return decode(path, read_picture(path)); }
 
 }  // namespace nn

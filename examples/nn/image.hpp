@@ -38,16 +38,15 @@ using PngText = std::vector<std::pair<std::string, std::string>>;
 /// the file and what the system says, a full disk included.
 void write_png(const std::filesystem::path& path, const Image& image, const PngText& text = {});
 
-/// Any PNG as 8-bit RGB, transparency on black. Files of at most 256 MB and pictures of at most 2^27 pixels are
-/// read, here and below. Throws std::runtime_error that names the file.
-[[nodiscard]] Image read_png(const std::filesystem::path& path);
-
-/// Any 8-bit JPEG as RGB: greyscale and CMYK (inverted, as Adobe writes it) are converted; the orientation that
-/// a camera notes is not applied. A file that is damaged or cut short is an error. Throws std::runtime_error that
-/// names the file.
-[[nodiscard]] Image read_jpeg(const std::filesystem::path& path);
-
-/// A PNG or a JPEG: the first bytes tell, not the name.
+/// A PNG or a JPEG as 8-bit RGB, upright: the first bytes tell the format, not the name, and the Exif that a camera writes
+/// tells the way up. Other formats are refused by name, and so are files that are damaged or cut short, of more than
+/// 256 MB, or of more than 2^27 pixels, before room for them is made.
+/// - PNG: grey, colour and palettes of 1 to 16 bits, interlaced or not; 16 bits are rounded to 8. Transparency lies on
+///   black: colour times opacity, in bytes. Gamma, chromaticities and colour profiles are not applied.
+/// - JPEG: 8 bits; grey, RGB, YCbCr, CMYK and YCCK (inverted, as Adobe writes them), sequential, progressive, arithmetic;
+///   colour profiles are not applied.
+///
+/// Throws std::runtime_error that names the file.
 [[nodiscard]] Image read_image(const std::filesystem::path& path);
 
 }  // namespace nn

@@ -143,7 +143,7 @@ TEST_CASE_TEMPLATE("samples are those of float64 samplers and torch's noise", T,
     const nn::Tensor<T> pixels = vae.decode(rt, slice<0>(sampling.latents(), 0, 1));
     const nn::Image ours = nn::to_image<T>({pixels.data(), static_cast<std::size_t>(pixels.elements())},
                                            pixels.extent(2), pixels.extent(1));
-    CHECK(psnr(ours, nn::read_png(data / (name + ".png"))) > 40);
+    CHECK(psnr(ours, nn::read_image(data / (name + ".png"))) > 40);
   }
 }
 

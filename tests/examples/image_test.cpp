@@ -47,21 +47,21 @@ TEST_CASE("a JPEG is what PIL reads: colour, grey, CMYK, progressive") {
   for (const char* name : {"picture", "grey", "cmyk", "progressive"}) {
     CAPTURE(name);
     const fs::path jpeg = data / (std::string(name) + ".jpg");
-    const Image image = nn::read_jpeg(jpeg);
+    const Image image = nn::read_image(jpeg);
     // libjpeg's inverse transform is exact integer arithmetic; of two inks, PIL rounds the product.
-    CHECK(distance(image, nn::read_png(data / ("decoded_" + std::string(name) + ".png"))) <=
+    CHECK(distance(image, nn::read_image(data / ("decoded_" + std::string(name) + ".png"))) <=
           (std::string(name) == "cmyk" ? 1 : 0));
     CHECK(nn::read_image(jpeg) == image);
   }
-  CHECK(distance(nn::read_jpeg(data / "picture.jpg"), nn::read_png(data / "picture.png")) > 0);
+  CHECK(distance(nn::read_image(data / "picture.jpg"), nn::read_image(data / "picture.png")) > 0);
 }
 
 TEST_CASE("the first bytes tell the format, not the name") {
   const Folder folder;
   fs::copy_file(data / "picture.png", folder / "a.jpg");
   fs::copy_file(data / "picture.jpg", folder / "b.png");
-  CHECK(nn::read_image(folder / "a.jpg") == nn::read_png(data / "picture.png"));
-  CHECK(nn::read_image(folder / "b.png") == nn::read_jpeg(data / "picture.jpg"));
+  CHECK(nn::read_image(folder / "a.jpg") == nn::read_image(data / "picture.png"));
+  CHECK(nn::read_image(folder / "b.png") == nn::read_image(data / "picture.jpg"));
 }
 
 TEST_CASE("a PNG is read as it was written, 16 bits and grey too") {
@@ -121,7 +121,7 @@ TEST_CASE("damaged JPEGs end in an exception or in a picture, never otherwise") 
             static_cast<char>(random.below(256));
       sd35_files::write_text(folder / "broken", changed);
       try {
-        const Image image = nn::read_jpeg(folder / "broken");
+        const Image image = nn::read_image(folder / "broken");
         CHECK(image.rgb.size() == static_cast<std::size_t>(image.width * image.height * 3));
       } catch (const std::runtime_error&) {
         ++refused;
@@ -132,12 +132,12 @@ TEST_CASE("damaged JPEGs end in an exception or in a picture, never otherwise") 
 }
 
 TEST_CASE("resizing gives PIL's bytes") {
-  const Image image = nn::read_png(data / "picture.png");
+  const Image image = nn::read_image(data / "picture.png");
   for (const auto& size : {std::pair<Index, Index>{37, 29}, {90, 71}, {8, 48}, {64, 20}}) {
     const Index width = size.first, height = size.second;
     CAPTURE(width);
     const std::string name = "resized_" + std::to_string(width) + "x" + std::to_string(height) + ".png";
-    CHECK(nn::resize(image, width, height) == nn::read_png(data / name));
+    CHECK(nn::resize(image, width, height) == nn::read_image(data / name));
   }
   CHECK(nn::resize(image, image.width, image.height) == image);
 }

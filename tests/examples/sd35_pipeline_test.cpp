@@ -134,7 +134,7 @@ TEST_CASE("pictures are those of diffusers, with softmax and with T5 of either c
     CHECK(picture.modules == 6);
     CHECK(picture.converted_modules == static_cast<linattn::Index>(entry.at("replaced").size()));
     const double quality =
-        decibel(picture.image, sd35::read_png(recorded / entry.at("file").get<std::string>()));
+        decibel(picture.image, sd35::read_image(recorded / entry.at("file").get<std::string>()));
     CHECK(quality >
           60);  // 73 and more measured: all that differs is rounding (40 is a picture that looks alike)
   }
@@ -427,13 +427,13 @@ TEST_CASE("a PNG carries its parameters and appears whole or not at all") {
   for (int i = 0; i < 45; ++i) image.rgb.push_back(static_cast<std::uint8_t>(i * 5));
   const fs::path path = folder / "a.png";
   write_png(path, image, {{"parameters", "plain text"}, {"Title", "gr\xc3\xbcn"}});
-  CHECK(sd35::read_png(path) == image);
+  CHECK(sd35::read_image(path) == image);
   const std::string bytes = read_file(path);
   CHECK(has(bytes, std::string("tEXtparameters\0plain text", 25)));
   CHECK(has(bytes, std::string("iTXtTitle\0", 10)));
   CHECK(has(bytes, "gr\xc3\xbcn"));
   CHECK(error_of([&] { write_png(folder / "no/such.png", image); }) != "");
-  CHECK(has(error_of([&] { (void)sd35::read_png(folder / "none.png"); }), "none.png"));
+  CHECK(has(error_of([&] { (void)sd35::read_image(folder / "none.png"); }), "none.png"));
 
   const sd35::Image pair = sd35::side_by_side(std::vector{image, image}, 2);
   CHECK(pair.width == 12);
@@ -455,7 +455,7 @@ TEST_CASE("a PNG carries its parameters and appears whole or not at all") {
   ::setrlimit(RLIMIT_FSIZE, &before);
   std::signal(SIGXFSZ, handler);
   CHECK(has(full, "a.png: cannot write"));
-  CHECK(sd35::read_png(path) == image);  // as it was
+  CHECK(sd35::read_image(path) == image);  // as it was
   CHECK(std::distance(fs::directory_iterator(folder.path()), fs::directory_iterator()) == 1);
 }
 

@@ -77,7 +77,7 @@ TEST_CASE_TEMPLATE("latents become diffusers' pictures", T, float, double) {
         decoder.decode(rt, TensorView<const T, 4>{values.data(), {1, 16, 16, 12}});
     const sd35::Image ours =
         sd35::to_image<T>({picture.data(), static_cast<std::size_t>(picture.elements())}, 96, 128);
-    const sd35::Image theirs = sd35::read_png(reference / (std::string(attention) + "-prompt0-seed0.png"));
+    const sd35::Image theirs = sd35::read_image(reference / (std::string(attention) + "-prompt0-seed0.png"));
     REQUIRE(ours.rgb.size() == theirs.rgb.size());
     int different = 0, worst = 0;
     for (std::size_t i = 0; i < ours.rgb.size(); ++i) {
