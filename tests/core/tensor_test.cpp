@@ -1,5 +1,7 @@
 #include <linattn/core/tensor.hpp>
 
+#include <limits>
+
 #include "../support.hpp"
 
 using namespace linattn;
@@ -26,6 +28,21 @@ TEST_CASE("a dense view is row-major") {
   CHECK_FALSE(v.empty());
   CHECK(TensorView<float, 2>(nullptr, {3, 0}).empty());
   CHECK(TensorView<float, 4>{}.empty());
+}
+
+TEST_CASE("a shape that no memory holds has the most elements there can be, and is not empty") {
+  constexpr Index most = std::numeric_limits<Index>::max();
+  for (const std::array<Index, 4>& shape :
+       {std::array<Index, 4>{most, 2, 3, 4}, {Index{1} << 32, Index{1} << 32, 1, 1}, {1, most, 1, most}}) {
+    const TensorView<float, 4> v(nullptr, shape);
+    CHECK(v.elements() == most);
+    CHECK_FALSE(v.empty());
+    CHECK(detail::expect_view(v, "v", "v, stride").code == Code::null_data);
+  }
+  CHECK(TensorView<float, 3>(nullptr, {most, most, 0}).empty());
+  CHECK_FALSE(TensorView<float, 2>(nullptr, {-2, most}).empty());
+  // Strides of the axes before it stay in range as well.
+  CHECK(TensorView<float, 3>(nullptr, {1, most, most}).strides == std::array<Index, 3>{most, most, 1});
 }
 
 TEST_CASE("permute renames axes and moves nothing") {

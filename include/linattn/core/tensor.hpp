@@ -3,12 +3,24 @@
 
 #include <array>
 #include <cstddef>
+#include <limits>
 #include <type_traits>
 
 #include <linattn/core/status.hpp>
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
+
+namespace detail {
+
+// Of two extents; the largest Index where it is more than that, which no memory holds, and -1 where one is negative.
+[[nodiscard]] LINATTN_INLINE constexpr Index product(Index a, Index b) {
+  constexpr Index most = std::numeric_limits<Index>::max();
+  if (a < 0 || b < 0) return -1;
+  return a > 0 && b > most / a ? most : a * b;
+}
+
+}  // namespace detail
 
 // A tensor that somebody else owns. Strides count elements. Attention views are (batch, token, head,
 // channel). For host code: kernels are given pointers and strides.
@@ -33,7 +45,7 @@ struct TensorView {
     Index step = 1;
     for (std::size_t axis = Rank; axis-- > 0;) {
       strides[axis] = step;
-      step *= extents[axis];
+      step = detail::product(step, extents[axis]);
     }
   }
 
@@ -52,7 +64,7 @@ struct TensorView {
 
   [[nodiscard]] LINATTN_INLINE constexpr Index elements() const {
     Index n = 1;
-    for (const Index e : extents) n *= e;
+    for (const Index e : extents) n = detail::product(n, e);
     return n;
   }
   [[nodiscard]] LINATTN_INLINE constexpr bool empty() const { return elements() == 0; }

@@ -92,7 +92,7 @@ template <class T, class W, class B>
                     expect_view(x, "x", "x, channel stride"), expect_view(out, "out", "out, channel stride"));
   if (!first.ok()) return first;
   if (x.data == out.data) return fail(Code::alias, "out, apart from x", 1, 0);
-  return first_failure(check_conv_weights(weight, bias, x.extent(2) * x.extent(3)),
+  return first_failure(check_conv_weights(weight, bias, product(x.extent(2), x.extent(3))),
                        check_grid(options.grid, x.extent(1)));
 }
 

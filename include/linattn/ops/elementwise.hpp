@@ -45,7 +45,7 @@ template <class W>
 template <class T, class W>
 [[nodiscard]] constexpr Status check_affine(const TensorView<const T, 4>& x, const TensorView<W, 1>& scale,
                                             const TensorView<W, 1>& offset, const TensorView<T, 4>& out) {
-  const Index channels = x.extent(2) * x.extent(3);
+  const Index channels = product(x.extent(2), x.extent(3));
   return first_failure(check_tokens(x, out), check_channels(scale, channels, "scale, channels", "scale"),
                        check_channels(offset, channels, "offset, channels", "offset"));
 }

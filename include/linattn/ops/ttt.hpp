@@ -187,7 +187,7 @@ template <class T, class W>
   if (prologue.key_norm && !(prologue.key_norm_eps >= 0))
     return fail(Code::option, "key_norm_eps (not negative)", 0, -1);
   return check_ttt_conv(Side::k, prologue.k_conv, prologue.k_conv_bias, prologue.grid,
-                        k.extent(2) * k.extent(3), k.extent(1));
+                        product(k.extent(2), k.extent(3)), k.extent(1));
 }
 
 // q and out, and what the prologue does to q.
@@ -205,7 +205,7 @@ template <class T, class W>
   if (!first.ok()) return first;
   if (q.data == out.data) return fail(Code::alias, "out, apart from q", 1, 0);
   return check_ttt_conv(Side::q, prologue.q_conv, prologue.q_conv_bias, prologue.grid,
-                        q.extent(2) * q.extent(3), q.extent(1));
+                        product(q.extent(2), q.extent(3)), q.extent(1));
 }
 
 template <class Model, class T, class W>
