@@ -15,8 +15,8 @@ import sys
 import tempfile
 
 SEEDS = pathlib.Path(__file__).resolve().parent / "corpus"
-# An input that takes 10 s, or 2 GB, is a finding as well. A single allocation may be what the largest picture takes.
-LIMITS = ["-timeout=10", "-rss_limit_mb=2048", "-malloc_limit_mb=1024"]
+# An input that takes a minute of a busy machine, or 2 GB, is a finding as well. A single allocation may be what the largest picture takes.
+LIMITS = ["-timeout=60", "-rss_limit_mb=2048", "-malloc_limit_mb=1024"]
 
 
 def fuzz(program, seconds, work):
