@@ -2,18 +2,20 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include <charconv>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "maps.hpp"
 #include "nn/command.hpp"
 #include "nn/finite.hpp"
+#include "nn/options.hpp"
 #include "nn/outputs.hpp"
 #include "nn/standard_output.hpp"
 #include "picture.hpp"
@@ -37,40 +39,43 @@ Examples:
   linattn-attention-map layer.safetensors --grid 12x16 --heads 0,2 -o map.png --json
 Exit code: 0 when the picture is written, 2 after an error, which stderr states in one sentence.)";
 
+// Of a grid: a row, a column, or as many of them. Their product stays an Index.
+constexpr Index most_tokens = 1 << 20;
+
+using Pair = std::pair<Index, Index>;
+
 struct Arguments {
   std::vector<std::filesystem::path> models;
   std::filesystem::path picture, output = "attention-map.png";
   Index block = 0;
-  std::string grid;
-  std::vector<std::string> queries;
+  std::optional<Pair> grid;
+  std::vector<Pair> queries;
   std::vector<Index> heads;
   Index size = 168;
   int threads = 0;
   bool json = false;
 };
 
-// Two numbers with a separator between them, neither negative.
-[[nodiscard]] std::pair<Index, Index> parse_pair(const std::string& text, char separator, const char* what) {
-  Index first = -1, second = -1;
-  const char* const end = text.data() + text.size();
-  const auto [middle, error] = std::from_chars(text.data(), end, first);
-  if (error != std::errc{} || middle == end || *middle != separator ||
-      std::from_chars(middle + 1, end, second).ptr != end || first < 0 || second < 0)
-    throw std::runtime_error(std::string(what) + " '" + text + "' is not two numbers with '" + separator +
-                             "' between them");
-  return {first, second};
+// Two numbers with a separator between them.
+[[nodiscard]] std::optional<Pair> parse_pair(std::string_view text, char separator,
+                                             const nn::Range<Index>& range) {
+  const std::size_t middle = text.find(separator);
+  if (middle == std::string_view::npos) return std::nullopt;
+  const std::optional<Index> first = nn::parse_number(text.substr(0, middle), range),
+                             second = nn::parse_number(text.substr(middle + 1), range);
+  return first && second ? std::optional(Pair{*first, *second}) : std::nullopt;
 }
 
 // The tokens of the queries in the grid; its middle where none is named.
-[[nodiscard]] std::vector<Index> query_tokens(const std::vector<std::string>& texts,
+[[nodiscard]] std::vector<Index> query_tokens(const std::vector<Pair>& queries,
                                               const linattn::TokenGrid& grid) {
-  if (texts.empty()) return {grid.height / 2 * grid.width + grid.width / 2};
+  if (queries.empty()) return {grid.height / 2 * grid.width + grid.width / 2};
   std::vector<Index> tokens;
-  for (const std::string& text : texts) {
-    const auto [row, column] = parse_pair(text, ',', "--query");
+  for (const auto& [row, column] : queries) {
     if (row >= grid.height || column >= grid.width)
-      throw std::runtime_error("--query " + text + " lies outside the grid of " +
-                               std::to_string(grid.height) + " x " + std::to_string(grid.width) + " tokens");
+      throw std::runtime_error("--query " + std::to_string(row) + "," + std::to_string(column) +
+                               " lies outside the grid of " + std::to_string(grid.height) + " x " +
+                               std::to_string(grid.width) + " tokens");
     tokens.push_back(row * grid.width + column);
   }
   return tokens;
@@ -112,10 +117,8 @@ int run(const Arguments& a) {
   for (const std::filesystem::path& model : a.models) nn::add_model(inputs, model);
   inputs.add(a.picture);
   nn::Outputs(std::move(inputs)).add_file(a.output);
-  if (a.size < 1 || a.size > 4096)
-    throw std::runtime_error("--size: 1 to 4096 pixels, got " + std::to_string(a.size));
   Runtime rt(a.threads);
-  const auto [height, width] = a.grid.empty() ? std::pair<Index, Index>{} : parse_pair(a.grid, 'x', "--grid");
+  const auto [height, width] = a.grid.value_or(Pair{});
   if ((a.models.size() == 2) == a.picture.empty())
     throw std::runtime_error("two models and --picture go together; one file holds a layer");
   const Layers layers = a.models.size() == 2 ? run_models(rt, a.models[0], a.models[1], a.picture, a.block)
@@ -152,19 +155,31 @@ int run(const Arguments& a) {
 int main(int count, char** values) {
   Arguments a;
   CLI::App app(about, "linattn-attention-map");
-  app.add_option("models", a.models, "a vision transformer and its conversion, or the file of one layer")
+  nn::add_paths(app, "models", a.models, "a vision transformer and its conversion, or the file of one layer")
       ->required()
       ->expected(1, 2);
-  app.add_option("--picture", a.picture, "PNG or JPEG that passes through the two models");
-  app.add_option("--block", a.block, "block of the models, counted from 0")->capture_default_str();
-  app.add_option("-o,--output", a.output, "PNG file to write")->capture_default_str();
-  app.add_option(
-      "--grid", a.grid,
+  nn::add_path(app, "--picture", a.picture, "PNG or JPEG that passes through the two models");
+  nn::add_number(app, "--block", a.block, {0, 9999}, "block of the models, counted from 0");
+  nn::add_path(app, "-o,--output", a.output, "PNG file to write");
+  nn::add_value(
+      app, "--grid", "ROWSxCOLUMNS, such as 12x16",
+      [&](const std::string& text) {
+        return (a.grid = parse_pair(text, 'x', {1, most_tokens})).has_value();
+      },
       "rows x columns of the tokens, e.g. 12x16; a class token may lie before them (default: a square)");
-  app.add_option("--query", a.queries, "row,column of a query token, may be repeated (default: the middle)");
-  app.add_option("--heads", a.heads, "heads to draw, e.g. 0,2 (default: all)")->delimiter(',');
-  app.add_option("--size", a.size, "pixels of a map's longer side, about")->capture_default_str();
-  app.add_option("-t,--threads", a.threads, "default: all")->capture_default_str();
+  nn::add_value(
+      app, "--query", "ROW,COLUMN, such as 5,9",
+      [&](const std::string& text) {
+        const auto query = parse_pair(text, ',', {0, most_tokens});
+        if (query) a.queries.push_back(*query);
+        return query.has_value();
+      },
+      "row,column of a query token, may be repeated (default: the middle)")
+      ->take_all();
+  nn::add_number(app, "--heads", a.heads, {0, 4095}, "heads to draw, e.g. 0,2 (default: all)");
+  nn::add_number(app, "--size", a.size, {1, 4096}, "pixels of a map's longer side, about");
+  nn::add_number(app, "-t,--threads", a.threads, nn::thread_range,
+                 "0: all cores; the maps are the same with any number");
   app.add_flag("--json", a.json, "key shift ratios and the scale of every map on standard output");
   app.footer(examples);
   return nn::run_command(app, count, values, [&] { return run(a); });

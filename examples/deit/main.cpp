@@ -19,6 +19,7 @@
 
 #include "nn/command.hpp"
 #include "nn/finite.hpp"
+#include "nn/options.hpp"
 #include "nn/standard_output.hpp"
 #include "preprocess.hpp"
 #include "vit.hpp"
@@ -199,7 +200,7 @@ int run(const Arguments& a) {
   if (pictures.empty() && a.sizes.empty()) throw std::runtime_error("neither a picture nor --size is given");
   for (const Model& model : models)
     for (const Index size : a.sizes)
-      if (size < 1 || size % model.vit.config().patch != 0)
+      if (size % model.vit.config().patch != 0)
         throw std::runtime_error("--size " + std::to_string(size) + ": " + model.path.string() +
                                  " takes multiples of " + std::to_string(model.vit.config().patch) +
                                  " pixels");
@@ -229,22 +230,17 @@ int main(int count, char** values) {
       "converted to T5, side by side. A model is a folder or a .safetensors file, all else a PNG or a JPEG.",
       "linattn-deit");
   Arguments a;
-  app.add_option("files", a.files, "models and pictures")->required();
-  app.add_option("--labels", a.labels,
-                 "names of the classes: a line each, or JSON (default: those of the model's config.json)");
-  app.add_option("--top", a.top, "how many classes to print")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--heads", a.heads, "of every attention, where the model does not tell")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--size", a.sizes, "measure pictures of these sizes, positions interpolated: 224,384,512")
-      ->delimiter(',');
-  app.add_option("--repeat", a.repeat, "runs of each measurement; the best counts")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("-t,--threads", a.threads, "0: all cores; the result is the same with any number")
-      ->check(CLI::Range(0, 4096))
-      ->capture_default_str();
+  nn::add_paths(app, "files", a.files, "models and pictures")->required();
+  nn::add_path(app, "--labels", a.labels,
+               "names of the classes: a line each, or JSON (default: those of the model's config.json)");
+  nn::add_number(app, "--top", a.top, {1, 1000000}, "how many classes to print");
+  nn::add_number(app, "--heads", a.heads, nn::head_range,
+                 "of every attention, where the model does not tell");
+  nn::add_number(app, "--size", a.sizes, {1, 16384},
+                 "measure pictures of these sizes, positions interpolated: 224,384,512");
+  nn::add_number(app, "--repeat", a.repeat, nn::repeat_range, "runs of each measurement; the best counts");
+  nn::add_number(app, "-t,--threads", a.threads, nn::thread_range,
+                 "0: all cores; the result is the same with any number");
   app.add_flag("--json", a.json, "print the results as JSON on stdout");
   app.footer(examples);
   return nn::run_command(app, count, values, [&] { return run(a); });

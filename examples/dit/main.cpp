@@ -20,6 +20,7 @@
 #include "nn/command.hpp"
 #include "nn/finite.hpp"
 #include "nn/image.hpp"
+#include "nn/options.hpp"
 #include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
@@ -52,52 +53,50 @@ struct Arguments {
   std::optional<int> steps;
   std::string method = "ddpm";
   std::optional<Index> width, height, heads;
-  Index columns = 0;
+  std::optional<Index> columns;
   int threads = 0;
   bool json = false;
 };
 
 void add_options(CLI::App& app, Arguments& a) {
   const char* const model = "Model";
-  app.add_option("-m,--model", a.models, "safetensors files or folders; each is drawn, one above the next")
+  nn::add_paths(app, "-m,--model", a.models,
+                "safetensors files or folders; each is drawn, one above the next")
       ->required()
       ->group(model);
-  app.add_option("--vae", a.vae, "the VAE of Stable Diffusion 1 or 2, such as sd-vae-ft-mse: folder or file")
+  nn::add_path(app, "--vae", a.vae,
+               "the VAE of Stable Diffusion 1 or 2, such as sd-vae-ft-mse: folder or file")
       ->required()
       ->group(model);
-  app.add_option("--heads", a.heads, "of every attention, where the files do not tell")->group(model);
+  nn::add_number(app, "--heads", a.heads, nn::head_range, "of every attention, where the files do not tell")
+      ->group(model);
 
   const char* const picture = "Picture";
-  app.add_option("-c,--classes", a.classes, "one sample each")
-      ->delimiter(',')
-      ->capture_default_str()
-      ->group(picture);
-  app.add_option("-W,--width", a.width,
+  nn::add_number(app, "-c,--classes", a.classes, {0, 999999}, "one sample each")->group(picture);
+  nn::add_number(app, "-W,--width", a.width, nn::side_range,
                  "of a sample in pixels (default: what the first model was trained on)")
       ->group(picture);
-  app.add_option("-H,--height", a.height, "of a sample in pixels (default: likewise)")->group(picture);
-  app.add_option("--columns", a.columns, "samples side by side (default: at most 8)")
-      ->check(CLI::PositiveNumber)
+  nn::add_number(app, "-H,--height", a.height, nn::side_range, "of a sample in pixels (default: likewise)")
       ->group(picture);
-  app.add_option("-s,--seed", a.sampling.seed, "of the noise, that of torch on the CPU")
-      ->capture_default_str()
+  nn::add_number(app, "--columns", a.columns, {1, 100000}, "samples side by side (default: at most 8)")
       ->group(picture);
-  app.add_option("-o,--output", a.output, "PNG file to write")->capture_default_str()->group(picture);
+  nn::add_number(app, "-s,--seed", a.sampling.seed, nn::seed_range, "of the noise, that of torch on the CPU")
+      ->group(picture);
+  nn::add_path(app, "-o,--output", a.output, "PNG file to write")->group(picture);
 
   const char* const sampling = "Sampling";
-  app.add_option("--sampler", a.method, "ddpm (ancestral, the official one), or ddim (eta 0)")
-      ->capture_default_str()
+  nn::add_text(app, "--sampler,--sampling-method", a.method,
+               "ddpm (ancestral, the official one), or ddim (eta 0)")
       ->group(sampling);
-  app.add_option("--steps", a.steps, "default: 250 (ddpm), 50 (ddim)")->group(sampling);
-  app.add_option("--cfg-scale", a.sampling.cfg_scale,
+  nn::add_number(app, "--steps", a.steps, {1, dit::training_steps}, "default: 250 (ddpm), 50 (ddim)")
+      ->group(sampling);
+  nn::add_number(app, "--cfg-scale", a.sampling.cfg_scale, nn::guidance_range,
                  "guidance, on three of four channels as in the official sampler; 1 or less is none")
-      ->capture_default_str()
       ->group(sampling);
 
   const char* const run = "Run";
-  app.add_option("-t,--threads", a.threads, "0: all cores; the picture is the same with any number")
-      ->capture_default_str()
-      ->check(CLI::Range(0, 4096))
+  nn::add_number(app, "-t,--threads", a.threads, nn::thread_range,
+                 "0: all cores; the picture is the same with any number")
       ->group(run);
   app.add_flag("--json", a.json, "print the result as JSON on stdout")->group(run);
   app.footer(examples);
@@ -152,7 +151,7 @@ void decode(nn::Runtime& rt, const sd35::Checkpoint& file, const sd35::VaeDecode
 // A side of the latents from one of the pictures.
 Index latent_side(std::optional<Index> pixels, const char* name, Index otherwise, Index factor) {
   if (!pixels) return otherwise;
-  if (*pixels < 1 || *pixels % factor != 0)
+  if (*pixels % factor != 0)
     throw std::runtime_error(std::string(name) + " " + std::to_string(*pixels) +
                              ": must be a positive multiple of the VAE's " + std::to_string(factor) +
                              " pixels");
@@ -218,8 +217,8 @@ int run(Arguments& a) {
                                std::to_string(vae.latent_channels()));
     if (entries.empty()) {
       const Index trained = config.grid() * config.shapes.patch;
-      height = latent_side(a.height, "height", trained, vae.factor());
-      width = latent_side(a.width, "width", trained, vae.factor());
+      height = latent_side(a.height, "--height", trained, vae.factor());
+      width = latent_side(a.width, "--width", trained, vae.factor());
     }
     Entry& entry = entries.emplace_back(Entry{path, checkpoint, nullptr, {}, {}});
     entry.model = std::make_unique<dit::Dit<float>>(checkpoint, config);
@@ -247,7 +246,7 @@ int run(Arguments& a) {
 
   const auto start = std::chrono::steady_clock::now();
   const auto samples = static_cast<Index>(a.classes.size());
-  const Index columns = a.columns > 0 ? std::min(a.columns, samples) : std::min<Index>(8, samples);
+  const Index columns = std::min(a.columns.value_or(8), samples);
   std::vector<Image> images;
   for (const Entry& entry : entries) {
     decode(rt, vae_file, vae, entry.sampling->latents(), images);

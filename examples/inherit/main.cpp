@@ -16,6 +16,7 @@
 #include <linattn/weights/inherit.hpp>
 
 #include "nn/command.hpp"
+#include "nn/options.hpp"
 #include "nn/outputs.hpp"
 #include "nn/signals.hpp"
 #include "nn/standard_output.hpp"
@@ -141,28 +142,27 @@ int main(int argc, char** argv) {
       "DiT5. Every tensor of both models is accounted for; the report goes to standard output.\n"
       "Exit code 0: done, 2: bad input or a failed write, and nothing is written; nor is it after a signal.",
       "linattn-inherit");
-  app.add_option("input", arguments.input, "a single .safetensors file, or a model folder (with config.json)")
+  nn::add_path(app, "input", arguments.input,
+               "a single .safetensors file, or a model folder (with config.json)")
       ->required();
-  app.add_option("output", arguments.output, "the file or folder to write; must not exist");
-  app.add_option(
-         "--replace", arguments.replace,
-         "what to replace: paper (ViT, DiT: everything; SD3.5: every attn2, and the joint attention\n"
-         "of the last 5/24 of the blocks), all, a kind (ViT, DiT: attn; SD3.5: attn2, joint), or blocks\n"
-         "as attn:0-5 or attn2:0-12,joint:19-23")
-      ->capture_default_str();
-  app.add_option(
-         "--init", arguments.init,
-         "new weights: zero-conv (w ~ N(0, 0.02^2), no conv at first), official (conv ~ U(-1/3, 1/3)), or\n"
-         "a .safetensors file that gives them by name")
-      ->capture_default_str();
+  nn::add_path(app, "output", arguments.output, "the file or folder to write; must not exist");
+  nn::add_text(
+      app, "--replace", arguments.replace,
+      "what to replace: paper (ViT, DiT: everything; SD3.5: every attn2, and the joint attention\n"
+      "of the last 5/24 of the blocks), all, a kind (ViT, DiT: attn; SD3.5: attn2, joint), or blocks\n"
+      "as attn:0-5 or attn2:0-12,joint:19-23");
+  nn::add_text(
+      app, "--init", arguments.init,
+      "new weights: zero-conv (w ~ N(0, 0.02^2), no conv at first), official (conv ~ U(-1/3, 1/3)), or\n"
+      "a .safetensors file that gives them by name");
   app.add_option("--inner-model", arguments.inner_model, "swiglu (default) or mlp; DiT5 has mlp")
       ->check(CLI::IsMember({"swiglu", "mlp"}));
   app.add_flag("--no-conv", arguments.no_conv,
                "without convolutions; with --inner-model mlp it is the two-layer form of the paper (ttt-v0)");
-  app.add_option("--seed", arguments.seed, "seed of the new weights")->capture_default_str();
-  app.add_option("--heads", arguments.family.heads,
+  nn::add_number(app, "-s,--seed", arguments.seed, nn::seed_range, "seed of the new weights");
+  nn::add_number(app, "--heads", arguments.family.heads, nn::head_range,
                  "ViT, DiT: heads of an attention, where neither config.json nor the size tells them");
-  app.add_option("--classes", arguments.family.classes,
+  nn::add_number(app, "--classes", arguments.family.classes, {1, 1000000},
                  "ViT: classes of the converted model; a head of another size is dropped and new");
   app.add_flag("--drop-cls", arguments.family.drop_cls,
                "ViT: leave out the positions of class and distillation token");
@@ -170,7 +170,7 @@ int main(int argc, char** argv) {
                  "ViT, DiT: raw (default where both are there) or ema, of a training checkpoint")
       ->check(CLI::IsMember({"raw", "ema"}));
   app.add_flag("--dry-run", arguments.dry_run, "report only, write no model");
-  app.add_option("--report", arguments.report, "write the report, tensor by tensor, to this JSON file");
+  nn::add_path(app, "--report", arguments.report, "write the report, tensor by tensor, to this JSON file");
   app.add_flag("--json", arguments.json, "the report on standard output as JSON");
   app.add_flag("--force", arguments.force, "replace an output that exists");
   app.footer(

@@ -150,9 +150,34 @@ std::vector<std::string> Checkpoint::stored_names() const {
   return names;
 }
 
-void Checkpoint::throw_config(const char* key, const char* expected) const {
+const nlohmann::json* Checkpoint::config_entry(const char* key) const {
+  const auto found = config_.find(key);
+  return found == config_.end() || found->is_null() ? nullptr : &*found;
+}
+
+std::optional<std::string> Checkpoint::config_text(const char* key) const {
+  const nlohmann::json* const value = config_entry(key);
+  if (value == nullptr) return std::nullopt;
+  if (!value->is_string()) fail_config(key, "expected a string");
+  return value->get<std::string>();
+}
+
+Index Checkpoint::confirmed(const char* key, Index size) const {
+  const nlohmann::json* const value = config_entry(key);
+  if (value != nullptr && !json_number(*value, Range<Index>{size, size}))
+    fail_config(key, "the tensors have " + std::to_string(size));
+  return size;
+}
+
+std::optional<Index> Checkpoint::config_heads() const {
+  const Range<Index> heads{1, 4096};
+  const std::optional<Index> found = config_number("num_heads", heads);
+  return found ? found : config_number("num_attention_heads", heads);
+}
+
+void Checkpoint::fail_config(const char* key, const std::string& expected) const {
   throw std::runtime_error((path().parent_path() / "config.json").string() + ": '" + key + "' is " +
-                           config_[key].dump() + ", expected " + expected);
+                           linattn::detail::printable(config_[key].dump()) + ", " + expected);
 }
 
 }  // namespace nn

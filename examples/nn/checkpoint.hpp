@@ -7,12 +7,12 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <vector>
 
 #include <linattn/weights/safetensors.hpp>
 #include <nlohmann/json.hpp>
 
+#include "numbers.hpp"
 #include "weight.hpp"
 
 namespace nn {
@@ -63,26 +63,23 @@ class Checkpoint {
   [[nodiscard]] std::vector<std::string> stored_names() const;
   // config.json beside the tensors; null where there is none.
   [[nodiscard]] const nlohmann::json& config() const { return config_; }
-  // An integer, a number or a string of config.json, or what to take where it does not say.
-  template <class V>
-  [[nodiscard]] V config_value(const char* key, V otherwise) const {
-    if (!config_.is_object() || !config_.contains(key) || config_[key].is_null()) return otherwise;
-    const nlohmann::json& value = config_[key];
-    if constexpr (std::is_same_v<V, std::string>) {
-      if (!value.is_string()) throw_config(key, "a string");
-    } else if constexpr (std::is_floating_point_v<V>) {
-      if (!value.is_number()) throw_config(key, "a number");
-    } else {
-      if (!value.is_number_integer()) throw_config(key, "an integer");
-    }
-    return value.get<V>();
+  // A number or a string of config.json, or nothing where it does not say (or says null). Throws where it says what
+  // is none, or lies outside the range.
+  template <Number T>
+  [[nodiscard]] std::optional<T> config_number(const char* key, const Range<T>& range) const {
+    const nlohmann::json* const value = config_entry(key);
+    if (value == nullptr) return std::nullopt;
+    const std::optional<T> number = json_number(*value, range);
+    if (!number) fail_config(key, "expected " + describe(range));
+    return number;
   }
+  [[nodiscard]] std::optional<std::string> config_text(const char* key) const;
+  // A size that the tensors tell. Throws where config.json says another.
+  Index confirmed(const char* key, Index size) const;
+  // Throws "config.json: 'key' is what it is, ...".
+  [[noreturn]] void fail_config(const char* key, const std::string& expected) const;
   // The heads of the attentions, where config.json tells them: no tensor of a softmax model does.
-  [[nodiscard]] std::optional<Index> config_heads() const {
-    for (const char* key : {"num_heads", "num_attention_heads"})
-      if (const Index heads = config_value(key, Index{0}); heads != 0) return heads;
-    return std::nullopt;
-  }
+  [[nodiscard]] std::optional<Index> config_heads() const;
   [[nodiscard]] const linattn::Metadata& metadata() const { return files_->metadata(); }
   [[nodiscard]] const linattn::Safetensors& files() const { return *files_; }
   // The name in the file, prefix and all, of a canonical name.
@@ -110,7 +107,7 @@ class Checkpoint {
  private:
   [[nodiscard]] Weight load(std::string_view tensor, const std::vector<Index>& expected) const;
   [[nodiscard]] float scale_of(const linattn::TensorInfo& weight) const;
-  [[noreturn]] void throw_config(const char* key, const char* expected) const;
+  [[nodiscard]] const nlohmann::json* config_entry(const char* key) const;  // null: it does not say
 };
 
 // The config.json of a folder; null where there is none.

@@ -34,6 +34,8 @@ std::vector<std::string> prepare(const CLI::App& app, int count, char** values) 
     arguments.push_back(checked(values[i]));
     const std::string argument = arguments.back();
     options = options && argument != "--";
+    // Of a positional, CLI11 takes "[a,b]" for a list.
+    if (argument.starts_with("[") && argument.ends_with("]")) arguments.back().insert(0, "./");
     if (!options || !argument.starts_with("-")) continue;
     const std::size_t equals = argument.starts_with("--") ? argument.find('=') : std::string::npos;
     const std::string name = argument.substr(0, equals);
@@ -57,23 +59,31 @@ std::vector<std::string> prepare(const CLI::App& app, int count, char** values) 
   return arguments;
 }
 
-// Of an option that was given more often than it may be; empty where there is none.
-std::string repetition(const CLI::App& app) {
+std::string no_place(const std::string& argument) {
+  return "there is no place for the argument '" + argument + "'";
+}
+
+// Of an option or a positional that was given more often than it may be; empty where there is none.
+std::string excess(const CLI::App& app) {
   for (const CLI::Option* option : app.get_options()) {
     const auto most = static_cast<std::size_t>(option->get_items_expected_max());
-    if (most > 0 && option->count() > most)
-      return option->get_name() + ": is given " + std::to_string(option->count()) + " times";
+    if (most == 0 || option->count() <= most ||
+        option->get_multi_option_policy() == CLI::MultiOptionPolicy::TakeAll)
+      continue;
+    if (!option->nonpositional()) return no_place(option->results()[most]);
+    return option->get_name() + ": is given " + std::to_string(option->count()) + " times";
   }
   for (const CLI::App* group : app.get_subcommands(nullptr))
-    if (std::string sentence = repetition(*group); !sentence.empty()) return sentence;
+    if (std::string sentence = excess(*group); !sentence.empty()) return sentence;
   return {};
 }
 
 std::string sentence(const CLI::App& app, const CLI::ParseError& error) {
-  if (const std::vector<std::string> rest = app.remaining(); !rest.empty())
-    return (rest[0].starts_with("-") ? "there is no option '" : "there is no place for the argument '") +
-           rest[0] + "'";
-  const std::string repeated = repetition(app);
+  if (const std::vector<std::string> rest = app.remaining(); !rest.empty()) {
+    if (rest[0] == "--" && rest.size() > 1) return no_place(rest[1]);
+    return rest[0].starts_with("-") ? "there is no option '" + rest[0] + "'" : no_place(rest[0]);
+  }
+  const std::string repeated = excess(app);
   return repeated.empty() ? error.what() : repeated;
 }
 

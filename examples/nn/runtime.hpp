@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -51,14 +52,26 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
+// The product of sizes, none of which is negative. Throws std::runtime_error where it is no Index.
+[[nodiscard]] inline Index checked_product(std::span<const Index> sizes) {
+  Index product = 1;
+  bool fits = true;
+  for (const Index size : sizes) fits = !__builtin_mul_overflow(product, size, &product) && fits;
+  if (!fits || product < 0) {
+    std::string text;
+    for (const Index size : sizes) text += (text.empty() ? "" : " x ") + std::to_string(size);
+    throw std::runtime_error(text + ": the size overflows");
+  }
+  return product;
+}
+
 // A dense row-major activation that owns its memory: move-only, released when it goes out of scope.
 template <class T>
 class Tensor {
  public:
   Tensor() = default;
   // Not initialised.
-  explicit Tensor(std::vector<Index> shape)
-      : shape_(std::move(shape)), buffer_(static_cast<std::size_t>(elements()) * sizeof(T)) {}
+  explicit Tensor(std::vector<Index> shape) : shape_(std::move(shape)), buffer_(bytes_of(shape_)) {}
 
   [[nodiscard]] static Tensor zeros(std::vector<Index> shape) {
     Tensor tensor(std::move(shape));
@@ -103,6 +116,10 @@ class Tensor {
   }
 
  private:
+  [[nodiscard]] static std::size_t bytes_of(std::vector<Index> sizes) {
+    sizes.push_back(sizes.empty() ? 0 : static_cast<Index>(sizeof(T)));
+    return static_cast<std::size_t>(checked_product(sizes));
+  }
   template <int Rank>
   [[nodiscard]] std::array<Index, Rank> extents() const {
     if (shape_.size() != Rank)

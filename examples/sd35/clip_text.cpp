@@ -1,6 +1,7 @@
 #include "clip_text.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 #include "nn/finite.hpp"
@@ -19,25 +20,30 @@ ClipConfig ClipConfig::of(const Checkpoint& checkpoint, Component component) {
   ClipConfig config;
   const Weight tokens =
       checkpoint.get("text_model.embeddings.token_embedding.weight", {Checkpoint::any, Checkpoint::any});
-  config.vocabulary = tokens.extent(0);
-  config.width = tokens.extent(1);
-  config.positions =
+  config.vocabulary = checkpoint.confirmed("vocab_size", tokens.extent(0));
+  config.width = checkpoint.confirmed("hidden_size", tokens.extent(1));
+  config.positions = checkpoint.confirmed(
+      "max_position_embeddings",
       checkpoint.get("text_model.embeddings.position_embedding.weight", {Checkpoint::any, config.width})
-          .extent(0);
+          .extent(0));
   while (checkpoint.has("text_model.encoder.layers." + std::to_string(config.layers) + ".layer_norm1.weight"))
     ++config.layers;
-  config.heads = checkpoint.config_value<Index>("num_attention_heads", config.width / 64);
+  checkpoint.confirmed("num_hidden_layers", config.layers);
+  config.heads =
+      checkpoint.config_number<Index>("num_attention_heads", {1, config.width}).value_or(config.width / 64);
   if (config.layers < 1 || config.heads < 1 || config.width % config.heads != 0)
     throw std::runtime_error(checkpoint.path().string() + ": " + std::to_string(config.width) +
                              " channels in " + std::to_string(config.heads) + " heads and " +
                              std::to_string(config.layers) +
                              " layers are no CLIP text model (a small model needs its config.json)");
   config.activation =
-      clip_activation(checkpoint.config_value<std::string>("hidden_act", large ? "quick_gelu" : "gelu"));
-  config.eps = checkpoint.config_value("layer_norm_eps", 1e-5);
+      clip_activation(checkpoint.config_text("hidden_act").value_or(large ? "quick_gelu" : "gelu"));
+  config.eps = checkpoint.config_number("layer_norm_eps", norm_eps_range).value_or(1e-5);
   // 2 is what old configurations say, whatever the vocabulary; the largest id is meant.
-  const Index eos = checkpoint.config_value<Index>("eos_token_id", 2);
-  if (eos != 2) config.eos = static_cast<std::int32_t>(eos);
+  constexpr std::int32_t unknown = 2, most = std::numeric_limits<std::int32_t>::max();
+  const std::int32_t eos =
+      checkpoint.config_number<std::int32_t>("eos_token_id", {0, most}).value_or(unknown);
+  if (eos != unknown) config.eos = eos;
   config.project = !large || (!checkpoint.config().is_null() && checkpoint.has("text_projection.weight"));
   return config;
 }

@@ -20,6 +20,7 @@
 #include "embeddings.hpp"
 #include "nn/command.hpp"
 #include "nn/finite.hpp"
+#include "nn/options.hpp"
 #include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
@@ -175,21 +176,19 @@ int main(int count, char** values) {
   CLI::App app("Draws one prompt with softmax and with linear attention, and measures what a step costs.",
                "linattn-demo");
   Arguments a;
-  app.add_option("model", a.softmax, "diffusers folder")->required();
-  app.add_option("converted", a.converted, "the same model, converted by linattn-inherit")->required();
-  app.add_option("-p,--prompt", a.prompt, "what to draw")->capture_default_str();
-  app.add_option("--out", a.out, "folder for the pictures")->capture_default_str();
-  app.add_option("-s,--seed", a.seed, "of the noise")->capture_default_str();
-  app.add_option("--size", a.size, "width and height in pixels")->capture_default_str();
-  app.add_option("--steps", a.steps, "of the sampler")->capture_default_str();
-  app.add_option("--repetitions", a.repetitions, "of each measured step; the best one counts")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("-t,--threads", a.threads, "0: all cores")
-      ->check(CLI::Range(0, 4096))
-      ->capture_default_str();
+  nn::add_path(app, "model", a.softmax, "diffusers folder")->required();
+  nn::add_path(app, "converted", a.converted, "the same model, converted by linattn-inherit")->required();
+  nn::add_text(app, "-p,--prompt", a.prompt, "what to draw");
+  nn::add_path(app, "-o,--output,--out", a.out, "folder for the pictures");
+  nn::add_number(app, "-s,--seed", a.seed, nn::seed_range, "of the noise, that of torch on the CPU");
+  nn::add_number(app, "--size", a.size, nn::side_range, "width and height in pixels");
+  nn::add_number(app, "--steps", a.steps, {1, sd35::max_steps}, "of the sampler");
+  nn::add_number(app, "--repeat,--repetitions", a.repetitions, nn::repeat_range,
+                 "runs of each measured step; the best counts");
+  nn::add_number(app, "-t,--threads", a.threads, nn::thread_range,
+                 "0: all cores; the pictures are the same with any number");
   app.add_flag("--trained", a.trained,
                "the models are trained and tuned: leave out the note on random weights");
-  app.footer("Example: linattn-demo tests/data/sd35-tiny demo/t5 --prompt \"a red fox\" --out demo");
+  app.footer("Example: linattn-demo tests/data/sd35-tiny demo/t5 --prompt \"a red fox\" -o demo");
   return nn::run_command(app, count, values, [&] { return run(a); });
 }

@@ -6,15 +6,20 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <optional>
 #include <random>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "nn/command.hpp"
 #include "nn/finite.hpp"
+#include "nn/options.hpp"
 #include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
+#include "nn/text.hpp"
 #include "pipeline.hpp"
 
 namespace {
@@ -23,7 +28,7 @@ constexpr const char* examples = R"(Examples:
   a diffusers folder
     linattn-sd35 -m stable-diffusion-3.5-medium -p "a lighthouse at night" -o lighthouse.png
   single files, with the tokenizer folders of the diffusers repository
-    linattn-sd35 -m sd3.5_large.safetensors --clip_l clip_l.safetensors --clip_g clip_g.safetensors \
+    linattn-sd35 -m sd3.5_large.safetensors --clip-l clip_l.safetensors --clip-g clip_g.safetensors \
       --t5xxl t5xxl_fp16.safetensors --tokenizers stable-diffusion-3.5-large -W 1024 -H 768 -p "..."
   a checkpoint that linattn-inherit wrote: its linear attention runs by itself
     linattn-sd35 -m medium-t5 -p "..." --steps 28 --cfg-scale 4.5 --seed 7 --json
@@ -38,93 +43,92 @@ struct Arguments {
   sd35::PictureOptions picture;
   std::filesystem::path output = "output.png", prompt_file;
   std::string method = "euler", scheduler = "sd3";
-  std::int64_t seed = 42;
+  std::optional<std::uint64_t> seed = 42;  // unset: a random one
   int threads = 0, batch_count = 1;
   bool verbose = false, json = false;
 };
 
 void add_options(CLI::App& app, Arguments& a) {
   const char* const model = "Model";
-  app.add_option("-m,--model", a.files.model, "diffusers folder, or full safetensors file")->group(model);
-  app.add_option("--diffusion-model", a.files.transformer, "the transformer alone, instead of that in -m")
+  nn::add_path(app, "-m,--model", a.files.model, "diffusers folder, or full safetensors file")->group(model);
+  nn::add_path(app, "--diffusion-model", a.files.transformer, "the transformer alone, instead of that in -m")
       ->group(model);
-  app.add_option("--vae", a.files.vae, "the VAE, instead of that in -m")->group(model);
-  app.add_option("--clip_l", a.files.clip_l, "the CLIP-L encoder, instead of that in -m")->group(model);
-  app.add_option("--clip_g", a.files.clip_g, "the CLIP-G encoder, instead of that in -m")->group(model);
-  app.add_option("--t5xxl", a.files.t5, "the T5-XXL encoder, instead of that in -m")->group(model);
-  app.add_option("--tokenizers", a.files.tokenizers,
-                 "folder with tokenizer/, tokenizer_2/ and tokenizer_3/ (default: the folder -m)")
+  nn::add_path(app, "--vae", a.files.vae, "the VAE, instead of that in -m")->group(model);
+  nn::add_path(app, "--clip-l,--clip_l", a.files.clip_l, "the CLIP-L encoder, instead of that in -m")
+      ->group(model);
+  nn::add_path(app, "--clip-g,--clip_g", a.files.clip_g, "the CLIP-G encoder, instead of that in -m")
+      ->group(model);
+  nn::add_path(app, "--t5xxl", a.files.t5, "the T5-XXL encoder, instead of that in -m")->group(model);
+  nn::add_path(app, "--tokenizers", a.files.tokenizers,
+               "folder with tokenizer/, tokenizer_2/ and tokenizer_3/ (default: the folder -m)")
       ->group(model);
   app.add_flag("--turbo", a.picture.turbo, "the model is Large Turbo, which has the shapes of Large")
       ->group(model);
 
   const char* const picture = "Picture";
   CLI::App* const source = app.add_option_group("prompts")->require_option(1);
-  source->add_option("-p,--prompt", a.picture.prompt, "what to draw")->group(picture);
-  source->add_option("--prompt-file", a.prompt_file, "a picture for each line; # begins a comment")
+  nn::add_text(*source, "-p,--prompt", a.picture.prompt, "what to draw")->group(picture);
+  nn::add_path(*source, "--prompt-file", a.prompt_file, "a picture for each line; # begins a comment")
       ->group(picture);
-  app.add_option("-n,--negative-prompt", a.picture.negative_prompt, "what to stay away from")->group(picture);
-  app.add_option("-W,--width", a.picture.width, "in pixels (default: 1024, or what the model can)")
+  nn::add_text(app, "-n,--negative-prompt", a.picture.negative_prompt, "what to stay away from")
       ->group(picture);
-  app.add_option("-H,--height", a.picture.height, "in pixels (default: 1024, or what the model can)")
-      ->group(picture);
+  for (const auto& [names, side] :
+       {std::pair("-W,--width", &a.picture.width), std::pair("-H,--height", &a.picture.height)})
+    nn::add_number(app, names, *side, nn::side_range, "in pixels (default: 1024, or what the model can)")
+        ->group(picture);
   app.add_flag(
          "--official", a.picture.official,
          "text and colours as the official code: 77 or more T5 tokens, CLIP word by word, rounding down")
       ->group(picture);
-  app.add_option("-s,--seed", a.seed, "of the noise, that of torch on the CPU; below 0: a random one")
-      ->capture_default_str()
+  nn::add_value(
+      app, "-s,--seed", describe(nn::seed_range) + ", or -1 for a random one",
+      [&a](const std::string& text) {
+        a.seed = nn::parse_number(text, nn::seed_range);
+        return a.seed || text == "-1";
+      },
+      "of the noise, that of torch on the CPU; -1: a random one")
+      ->type_name(short_text(nn::seed_range))
+      ->default_str(nn::number_text(*a.seed))
       ->group(picture);
-  app.add_option("-b,--batch-count", a.batch_count, "pictures a prompt, with the seeds that follow")
-      ->capture_default_str()
-      ->check(CLI::Range(1, 100000))
+  nn::add_number(app, "-b,--batch-count", a.batch_count, {1, 100000},
+                 "pictures a prompt, with the seeds that follow")
       ->group(picture);
-  app.add_option("-o,--output", a.output,
-                 "PNG file to write; of several pictures, %d or %03d in it is their number from 0")
-      ->capture_default_str()
+  nn::add_path(app, "-o,--output", a.output,
+               "PNG file to write; of several pictures, %d or %03d in it is their number from 0")
       ->group(picture);
-  app.add_option(
-         "-i,--init-img", a.picture.init_image,
-         "PNG or JPEG to start from: scaled to cover -W x -H and cut, or in its own size without them")
+  nn::add_path(app, "-i,--init-img", a.picture.init_image,
+               "PNG or JPEG to start from: scaled to cover -W x -H and cut, or in its own size without them")
       ->group(picture);
-  app.add_option("--strength", a.picture.strength,
-                 "of the change to --init-img, up to 1: the part of the steps")
-      ->capture_default_str()
+  nn::add_number(app, "--strength", a.picture.strength, {0.001, 1},
+                 "of the change to --init-img: the part of the steps")
       ->group(picture);
 
   const char* const sampling = "Sampling";
-  app.add_option("--steps", a.picture.steps, "default: 40 (Medium), 28 (Large), 4 (Turbo)")->group(sampling);
-  app.add_option("--cfg-scale", a.picture.cfg_scale,
+  nn::add_number(app, "--steps", a.picture.steps, {1, sd35::max_steps},
+                 "default: 40 (Medium), 28 (Large), 4 (Turbo)")
+      ->group(sampling);
+  nn::add_number(app, "--cfg-scale", a.picture.cfg_scale, nn::guidance_range,
                  "guidance; 1 or less is none (default: 4.5 Medium, 3.5 Large, 1 Turbo)")
       ->group(sampling);
-  app.add_option("--sampling-method", a.method, "euler, or dpm++2m (also called dpmpp_2m)")
-      ->capture_default_str()
+  nn::add_text(app, "--sampler,--sampling-method", a.method, "euler, or dpm++2m (also called dpmpp_2m)")
       ->group(sampling);
-  app.add_option("--scheduler", a.scheduler, "sd3 (official), or discrete (stable-diffusion.cpp)")
-      ->capture_default_str()
+  nn::add_text(app, "--scheduler", a.scheduler, "sd3 (official), or discrete (stable-diffusion.cpp)")
       ->group(sampling);
-  app.add_option("--flow-shift", a.picture.flow_shift, "of the noise levels")
-      ->capture_default_str()
+  nn::add_number(app, "--flow-shift", a.picture.flow_shift, {0.001, 1000}, "of the noise levels")
       ->group(sampling);
   sd35::SkipLayerGuidance& slg = a.picture.skip_layers;
-  app.add_option("--slg-scale", slg.scale, "skip-layer guidance (2.5 is usual with Medium); 0 is none")
-      ->capture_default_str()
+  nn::add_number(app, "--slg-scale", slg.scale, nn::guidance_range,
+                 "skip-layer guidance (2.5 is usual with Medium); 0 is none")
       ->group(sampling);
-  app.add_option("--skip-layers", slg.layers, "the blocks that it skips")
-      ->delimiter(',')
-      ->capture_default_str()
+  nn::add_number(app, "--skip-layers", slg.layers, {0, 9999}, "the blocks that it skips")->group(sampling);
+  nn::add_number(app, "--skip-layer-start", slg.start, {0, 1}, "fraction of the steps where it starts")
       ->group(sampling);
-  app.add_option("--skip-layer-start", slg.start, "fraction of the steps where it starts")
-      ->capture_default_str()
-      ->group(sampling);
-  app.add_option("--skip-layer-end", slg.end, "fraction of the steps where it ends")
-      ->capture_default_str()
+  nn::add_number(app, "--skip-layer-end", slg.end, {0, 1}, "fraction of the steps where it ends")
       ->group(sampling);
 
   const char* const run = "Run";
-  app.add_option("-t,--threads", a.threads, "0: all cores; the picture is the same with any number")
-      ->capture_default_str()
-      ->check(CLI::Range(0, 4096))
+  nn::add_number(app, "-t,--threads", a.threads, nn::thread_range,
+                 "0: all cores; the picture is the same with any number")
       ->group(run);
   app.add_flag(
          "--vae-tiling", a.picture.vae_tiling,
@@ -173,7 +177,11 @@ nlohmann::ordered_json report(const sd35::Picture& picture, const std::filesyste
 
 // Every prompt with every seed.
 std::vector<sd35::Subject> subjects_of(const Arguments& a) {
-  const std::uint64_t seed = a.seed >= 0 ? static_cast<std::uint64_t>(a.seed) : std::random_device()();
+  const std::uint64_t seed = a.seed ? *a.seed : std::random_device()();
+  if (const auto more = static_cast<std::uint64_t>(a.batch_count - 1); seed > nn::seed_range.most - more)
+    throw std::runtime_error("--seed: " + std::to_string(seed) + " has no " + std::to_string(more) +
+                             " seeds behind it for --batch-count, the last is " +
+                             std::to_string(nn::seed_range.most));
   std::vector<sd35::Subject> subjects;
   for (const std::string& prompt :
        a.prompt_file.empty() ? std::vector<std::string>{a.picture.prompt} : sd35::read_prompts(a.prompt_file))
@@ -195,6 +203,8 @@ linattn::FileSet inputs_of(const Arguments& a) {
 int run(Arguments& a) {
   a.picture.method = sd35::parse_method(a.method);
   a.picture.scheduler = sd35::parse_scheduler(a.scheduler);
+  if (a.files.model.empty() && (a.files.transformer.empty() || a.files.vae.empty()))
+    throw std::runtime_error("--model is required, or --diffusion-model and --vae");
   const std::vector<sd35::Subject> subjects = subjects_of(a);
   const std::size_t count = subjects.size();
   nn::Outputs outputs(inputs_of(a));
@@ -210,7 +220,7 @@ int run(Arguments& a) {
     std::fprintf(stderr, "  %.*s\n", static_cast<int>(encoder.size()), encoder.data());
   };
   progress.on_note = [](std::string_view note) {
-    std::fprintf(stderr, "note: %.*s\n", static_cast<int>(note.size()), note.data());
+    std::fprintf(stderr, "note: %s\n", nn::printable(note).c_str());
   };
   progress.on_step = [&](int step, int steps) {
     if (step == 0) bar.begin();
@@ -221,7 +231,8 @@ int run(Arguments& a) {
     index = picture;
     if (pictures > 1)
       std::fprintf(stderr, "picture %zu of %zu, seed %llu: %s\n", picture + 1, pictures,
-                   static_cast<unsigned long long>(subjects[picture].seed), subjects[picture].prompt.c_str());
+                   static_cast<unsigned long long>(subjects[picture].seed),
+                   nn::printable(subjects[picture].prompt).c_str());
   };
   make_pictures(rt, a.files, a.picture, subjects, progress, [&](const sd35::Picture& picture) {
     const std::filesystem::path output = sd35::output_path(a.output, index, count);

@@ -4,7 +4,6 @@
 #include <array>
 #include <cmath>
 #include <memory>
-#include <set>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -80,7 +79,7 @@ std::string block_name(Index i) { return "joint_blocks." + std::to_string(i) + "
   throw std::runtime_error(checkpoint.path().string() + ": " + what);
 }
 
-// The blocks of the file, which config.json may say as well.
+// The blocks of the file.
 Index count_blocks(const Checkpoint& checkpoint) {
   const bool diffusers = checkpoint.diffusers();
   const std::string blocks = checkpoint.full_name("") + (diffusers ? "transformer_blocks." : "joint_blocks.");
@@ -89,9 +88,6 @@ Index count_blocks(const Checkpoint& checkpoint) {
       checkpoint.files(), blocks,
       sd35_least(diffusers ? linattn::Sd35Layout::diffusers : linattn::Sd35Layout::official), count);
   if (!status.ok()) throw std::runtime_error(message(status));
-  if (const Index said = checkpoint.config_value("num_layers", count); said != count)
-    fail(checkpoint, "holds " + std::to_string(count) + " blocks, but its config.json says num_layers " +
-                         std::to_string(said));
   return count;
 }
 
@@ -101,33 +97,34 @@ MmditConfig MmditConfig::of(const Checkpoint& checkpoint) {
   constexpr Index any = Checkpoint::any;
   MmditConfig config;
   const std::vector<Index> patches = checkpoint.get("x_embedder.proj.weight", {any, any, any, any}).shape;
-  config.patch = checkpoint.config_value("patch_size", patches[2]);
-  config.in_channels = checkpoint.config_value("in_channels", patches[1]);
-  config.width = patches[0];
-  config.depth = count_blocks(checkpoint);
-  config.context_width = checkpoint.config_value(
+  config.patch = checkpoint.confirmed("patch_size", patches[2]);
+  config.in_channels = checkpoint.confirmed("in_channels", patches[1]);
+  config.width = checkpoint.confirmed("caption_projection_dim", patches[0]);
+  config.depth = checkpoint.confirmed("num_layers", count_blocks(checkpoint));
+  config.context_width = checkpoint.confirmed(
       "joint_attention_dim", checkpoint.matrix("context_embedder.weight", any, any).extent(1));
-  config.pooled_width = checkpoint.config_value(
+  config.pooled_width = checkpoint.confirmed(
       "pooled_projection_dim", checkpoint.matrix("y_embedder.mlp.0.weight", any, any).extent(1));
   config.time_width = checkpoint.matrix("t_embedder.mlp.0.weight", any, any).extent(1);
   config.mlp_width = checkpoint.matrix("joint_blocks.0.x_block.mlp.fc1.weight", any, any).extent(0);
 
-  const std::string norm = checkpoint.config_value(
-      "qk_norm",
-      std::string(checkpoint.has("joint_blocks.0.context_block.attn.ln_k.weight") ? "rms_norm" : ""));
+  const std::string norm = checkpoint.config_text("qk_norm").value_or(
+      checkpoint.has("joint_blocks.0.context_block.attn.ln_k.weight") ? "rms_norm" : "");
   if (norm != "rms_norm" && norm != "")
     fail(checkpoint, "qk_norm '" + norm + "' is not supported, only rms_norm");
   config.qk_norm = norm == "rms_norm";
-  const Index head_dim = checkpoint.config_value(
-      "attention_head_dim",
-      config.qk_norm ? checkpoint.get("joint_blocks.0.x_block.attn.ln_q.weight", {any}).extent(0) : 64);
+  const Index head_dim =
+      config.qk_norm
+          ? checkpoint.confirmed("attention_head_dim",
+                                 checkpoint.get("joint_blocks.0.x_block.attn.ln_q.weight", {any}).extent(0))
+          : checkpoint.config_number<Index>("attention_head_dim", {1, config.width}).value_or(64);
   if (head_dim < 1 || config.width % head_dim != 0)
     fail(checkpoint, "a width of " + std::to_string(config.width) + " is not made of heads of " +
                          std::to_string(head_dim));
-  config.heads = checkpoint.config_value("num_attention_heads", config.width / head_dim);
+  config.heads = checkpoint.confirmed("num_attention_heads", config.width / head_dim);
 
   const Index rows = checkpoint.get("pos_embed", {1, any, config.width}).extent(1);
-  config.position_grid = checkpoint.config_value(
+  config.position_grid = checkpoint.confirmed(
       "pos_embed_max_size", static_cast<Index>(std::lround(std::sqrt(static_cast<double>(rows)))));
 
   const Index final_rows = checkpoint.matrix("final_layer.linear.weight", any, config.width).extent(0);
@@ -139,15 +136,21 @@ MmditConfig MmditConfig::of(const Checkpoint& checkpoint) {
                          " channels for a width of " + std::to_string(config.width) + ", patch " +
                          std::to_string(config.patch) + ", " + std::to_string(final_rows) +
                          " outputs a patch");
-  config.out_channels = final_rows / area;
+  config.out_channels = checkpoint.confirmed("out_channels", final_rows / area);
 
-  const nlohmann::json& json = checkpoint.config();
-  const bool listed = json.is_object() && json.contains("dual_attention_layers");
-  std::set<nlohmann::json> layers;
-  if (listed) layers.insert(json["dual_attention_layers"].begin(), json["dual_attention_layers"].end());
   for (Index i = 0; i < config.depth; ++i)
-    config.dual.push_back(listed ? layers.contains(i)
-                                 : checkpoint.has(block_name(i) + "x_block.attn2.q.weight"));
+    config.dual.push_back(checkpoint.has(block_name(i) + "x_block.attn2.q.weight"));
+  const nlohmann::json& json = checkpoint.config();
+  if (!json.contains("dual_attention_layers")) return config;
+  const nlohmann::json& listed = json["dual_attention_layers"];
+  const auto is_block = [&](const nlohmann::json& layer) {
+    return json_number(layer, Range<Index>{0, config.depth - 1}).has_value();
+  };
+  if (!listed.is_array() || !std::all_of(listed.begin(), listed.end(), is_block))
+    checkpoint.fail_config("dual_attention_layers",
+                           "expected numbers of blocks, 0 to " + std::to_string(config.depth - 1));
+  config.dual.assign(config.dual.size(), false);
+  for (const nlohmann::json& layer : listed) config.dual[layer.get<std::size_t>()] = true;
   return config;
 }
 

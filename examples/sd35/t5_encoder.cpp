@@ -10,20 +10,21 @@ template <class T>
 T5Encoder<T>::T5Encoder(const Checkpoint& checkpoint) {
   constexpr Index any = Checkpoint::any;
   constexpr Index buckets = 32, distance = 128;  // what t5_bucket knows
-  const std::string activation = checkpoint.config_value<std::string>("feed_forward_proj", "gated-gelu");
-  if (activation != "gated-gelu" ||
-      checkpoint.config_value<Index>("relative_attention_max_distance", distance) != distance)
-    throw std::runtime_error(
-        checkpoint.path().string() +
-        ": config.json: only gated-gelu and relative distances to 128 are supported, got " + activation);
+  const std::string activation = checkpoint.config_text("feed_forward_proj").value_or("gated-gelu");
+  if (activation != "gated-gelu")
+    throw std::runtime_error(checkpoint.path().string() +
+                             ": config.json: only gated-gelu is supported, got " + activation);
+  (void)checkpoint.config_number<Index>("relative_attention_max_distance", {distance, distance});
   embedding_ = checkpoint.get(
       checkpoint.has("shared.weight") ? "shared.weight" : "encoder.embed_tokens.weight", {any, any});
-  const Index width = embedding_.extent(1);
+  checkpoint.confirmed("vocab_size", embedding_.extent(0));
+  const Index width = checkpoint.confirmed("d_model", embedding_.extent(1));
   const Weight bias =
       checkpoint.get("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", {buckets, any});
-  heads_ = bias.extent(1);
+  heads_ = checkpoint.confirmed("num_heads", bias.extent(1));
+  checkpoint.confirmed("relative_attention_num_buckets", buckets);
   relative_bias_ = widen<T>(bias);
-  eps_ = checkpoint.config_value("layer_norm_epsilon", 1e-6);
+  eps_ = checkpoint.config_number("layer_norm_epsilon", norm_eps_range).value_or(1e-6);
 
   const auto matrix = [&](const std::string& name, Index out, Index in) {
     return checkpoint.linear_without_bias<T>(name, out, in);
@@ -40,14 +41,17 @@ T5Encoder<T>::T5Encoder(const Checkpoint& checkpoint) {
       throw std::runtime_error(checkpoint.path().string() + ": tensor '" + block.q.weight.name +
                                "': " + std::to_string(inner) + " rows do not divide into " +
                                std::to_string(heads_) + " heads");
+    checkpoint.confirmed("d_kv", inner / heads_);
     block.k = matrix(attention + "k", inner, width);
     block.v = matrix(attention + "v", inner, width);
     block.o = matrix(attention + "o", width, inner);
     block.wi_0 = matrix(mlp + "wi_0", any, width);
+    checkpoint.confirmed("d_ff", block.wi_0.out());
     block.wi_1 = matrix(mlp + "wi_1", block.wi_0.out(), width);
     block.wo = matrix(mlp + "wo", width, block.wi_0.out());
     blocks_.push_back(std::move(block));
   }
+  checkpoint.confirmed("num_layers", static_cast<Index>(blocks_.size()));
   final_norm_ = checkpoint.vector<T>("encoder.final_layer_norm.weight", width);
 }
 

@@ -11,9 +11,9 @@ VaeConfig VaeConfig::of(const Checkpoint& checkpoint) {
   VaeConfig config;
   if (checkpoint.has("post_quant_conv.weight") || checkpoint.has("quant_conv.weight"))
     config.scaling = 0.18215, config.shift = 0;
-  config.groups = checkpoint.config_value("norm_num_groups", config.groups);
-  config.scaling = checkpoint.config_value("scaling_factor", config.scaling);
-  config.shift = checkpoint.config_value("shift_factor", config.shift);
+  config.groups = checkpoint.config_number<Index>("norm_num_groups", {1, 4096}).value_or(config.groups);
+  config.scaling = checkpoint.config_number<double>("scaling_factor", {0.001, 1000}).value_or(config.scaling);
+  config.shift = checkpoint.config_number<double>("shift_factor", {-1000, 1000}).value_or(config.shift);
   return config;
 }
 

@@ -187,10 +187,20 @@ TEST_CASE("every layout of a transformer reads alike") {
     sd35_files::write(folder / "transformer/diffusion_pytorch_model.safetensors", diffusers, dtype);
     const Checkpoint checkpoint = Checkpoint::open(folder.path(), Component::transformer);
     CHECK(checkpoint.diffusers());
-    CHECK(checkpoint.config_value<Index>("num_layers", 0) == 3);
-    CHECK(checkpoint.config_value<std::string>("qk_norm", "") == "rms_norm");
-    CHECK(checkpoint.config_value<Index>("absent", 5) == 5);
-    CHECK_THROWS_WITH_AS((void)checkpoint.config_value<Index>("qk_norm", 0), doctest::Contains("an integer"),
+    CHECK(checkpoint.config_number<Index>("num_layers", {1, 3}) == 3);
+    CHECK(checkpoint.config_text("qk_norm") == "rms_norm");
+    CHECK(checkpoint.config_number<Index>("absent", {1, 3}) == std::nullopt);
+    CHECK(checkpoint.confirmed("num_layers", 3) == 3);
+    CHECK(checkpoint.confirmed("absent", 5) == 5);
+    CHECK_THROWS_WITH_AS((void)checkpoint.config_number<Index>("qk_norm", {0, 9}),
+                         doctest::Contains("'qk_norm' is \"rms_norm\", expected a whole number from 0 to 9"),
+                         std::runtime_error);
+    CHECK_THROWS_WITH_AS((void)checkpoint.config_number<Index>("num_layers", {4, 9}),
+                         doctest::Contains("'num_layers' is 3, expected a whole number from 4 to 9"),
+                         std::runtime_error);
+    CHECK_THROWS_WITH_AS((void)checkpoint.confirmed("num_layers", 4),
+                         doctest::Contains("'num_layers' is 3, the tensors have 4"), std::runtime_error);
+    CHECK_THROWS_WITH_AS((void)checkpoint.config_text("num_layers"), doctest::Contains("expected a string"),
                          std::runtime_error);
     check_transformer(checkpoint, official);
     CHECK_FALSE(Checkpoint::open_if_present(folder.path(), Component::vae).has_value());

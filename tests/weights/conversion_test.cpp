@@ -46,7 +46,9 @@ TEST_CASE("conversion: what a file says and what it holds must agree") {
   CHECK(contains(changed(dot + "inner_loss", "true"), "has inner_loss true"));
   CHECK(contains(changed(dot + "inner_lr", "1x"), "no number"));
   CHECK(contains(changed(dot + "inner_lr", "nan"), "no finite number"));
+  CHECK(contains(changed(dot + "inner_lr", "1e300"), "no finite number from -1e6 to 1e6"));
   CHECK(contains(changed(dot + "key_norm_eps", "0"), "no positive number"));
+  CHECK(contains(changed(dot + "key_norm_eps", "1e300"), "no positive number up to 1"));
   CHECK(contains(changed(dot + "key_norm_eps", nullptr), "has no key_norm_eps"));
   CHECK(contains(changed(dot + "conv", "false"), "q_conv2d.weight': is not a tensor of a module with"));
   CHECK(contains(changed(dot + "conv", "yes"), "neither true nor false"));

@@ -145,12 +145,12 @@ namespace detail {
     if (fields["inner_loss"] == name(kind)) out.inner_loss = kind, known = true;
   if (!known) return "has inner_loss " + printable(fields["inner_loss"].dump(-1, ' ', true));
 
-  if (!fields["inner_lr"].is_number() || !std::isfinite(fields["inner_lr"].get<double>()))
-    return "has an inner_lr that is no finite number";
+  if (!fields["inner_lr"].is_number() || !(std::abs(fields["inner_lr"].get<double>()) <= 1e6))
+    return "has an inner_lr that is no finite number from -1e6 to 1e6";
   out.inner_lr = fields["inner_lr"].get<double>();
-  if (!fields["key_norm_eps"].is_number() || !std::isfinite(fields["key_norm_eps"].get<double>()) ||
-      fields["key_norm_eps"].get<double>() <= 0)
-    return "has a key_norm_eps that is no positive number";
+  if (!fields["key_norm_eps"].is_number() ||
+      !(fields["key_norm_eps"].get<double>() > 0 && fields["key_norm_eps"].get<double>() <= 1))
+    return "has a key_norm_eps that is no positive number up to 1";
   out.key_norm_eps = fields["key_norm_eps"].get<double>();
   if (!fields["conv"].is_boolean()) return "has a conv that is neither true nor false";
   out.conv = fields["conv"].get<bool>();
