@@ -11,6 +11,7 @@
 #include "nn/finite.hpp"
 #include "nn/resize.hpp"
 #include "nn/small_file.hpp"
+#include "nn/text.hpp"
 
 namespace deit {
 namespace {
@@ -91,7 +92,8 @@ Tensor<float> preprocess(const Image& image, Index height, Index width, const Pr
 }
 
 std::vector<std::string> read_labels(const std::filesystem::path& path) {
-  const std::string text = read_small_file(path, std::uintmax_t{16} << 20, "a list of labels");
+  const std::string text =
+      checked_text(read_small_file(path, std::uintmax_t{16} << 20, "a list of labels"), path);
   const std::size_t first = text.find_first_not_of(" \t\r\n");
   std::vector<std::string> labels;
   if (first != std::string::npos && (text[first] == '{' || text[first] == '[')) {

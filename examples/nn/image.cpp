@@ -22,6 +22,7 @@
 #include "orientation.hpp"
 #include "signals.hpp"
 #include "small_file.hpp"
+#include "text.hpp"
 
 namespace nn {
 namespace {
@@ -340,6 +341,8 @@ Image side_by_side(std::span<const Image> images, Index gap) {
 void write_png(const fs::path& path, const Image& image, const PngText& text) {
   std::vector<png_text> chunks;
   for (const auto& [keyword, value] : text) {
+    if (const std::string why = text_error(value); !why.empty())
+      throw std::runtime_error(path.string() + ": text '" + keyword + "': " + why);
     png_text chunk{};
     chunk.compression = is_ascii(value) ? PNG_TEXT_COMPRESSION_NONE : PNG_ITXT_COMPRESSION_NONE;
     // libpng takes pointers to mutable text and does not write through them.

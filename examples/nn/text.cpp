@@ -57,9 +57,12 @@ std::string without_byte_order_mark(std::string text) {
 }
 
 std::string checked_text(std::string content, const std::string& file) {
-  // UTF-32 begins as UTF-16 does: both are no UTF-8.
-  if (content.starts_with("\xff\xfe") || content.starts_with("\xfe\xff"))
-    throw std::runtime_error(file + ": is UTF-16, UTF-8 is expected");
+  using namespace std::string_view_literals;
+  // That of little-endian UTF-32 begins with that of UTF-16.
+  for (const auto& [mark, name] :
+       {std::pair("\xff\xfe\0\0"sv, "UTF-32"), std::pair("\0\0\xfe\xff"sv, "UTF-32"),
+        std::pair("\xff\xfe"sv, "UTF-16"), std::pair("\xfe\xff"sv, "UTF-16")})
+    if (content.starts_with(mark)) throw std::runtime_error(file + ": is " + name + ", UTF-8 is expected");
   content = without_byte_order_mark(std::move(content));
   if (const std::string why = text_error(content); !why.empty())
     throw std::runtime_error(file + ": " + why + ", text in UTF-8 is expected");

@@ -13,6 +13,7 @@
 #include "nn/finite.hpp"
 #include "nn/resize.hpp"
 #include "nn/small_file.hpp"
+#include "nn/text.hpp"
 #include "vae.hpp"
 
 namespace sd35 {
@@ -268,12 +269,12 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
       note("no " + std::string(name(component)) + " (" + option + "): its features are zeros");
     }
   };
-  find_encoder(files.clip_l, Component::clip_l, "--clip_l", sources.clip_l);
-  find_encoder(files.clip_g, Component::clip_g, "--clip_g", sources.clip_g);
+  find_encoder(files.clip_l, Component::clip_l, "--clip-l", sources.clip_l);
+  find_encoder(files.clip_g, Component::clip_g, "--clip-g", sources.clip_g);
   find_encoder(files.t5, Component::t5, "--t5xxl", sources.t5);
   if (sources.clip_l.empty() && sources.clip_g.empty() && sources.t5.empty())
     throw std::runtime_error(
-        "no text encoder was found: name at least one with --clip_l, --clip_g or --t5xxl");
+        "no text encoder was found: name at least one with --clip-l, --clip-g or --t5xxl");
 
   begin(common.stages, "text");
   std::vector<Prompts> prompts;
@@ -357,7 +358,7 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
 std::vector<std::string> read_prompts(const fs::path& path) {
   constexpr std::uintmax_t limit = 16 << 20;
   constexpr std::string_view blanks = " \t\r";
-  std::istringstream text(read_small_file(path, limit, "a list of prompts"));
+  std::istringstream text(checked_text(read_small_file(path, limit, "a list of prompts"), path));
   std::vector<std::string> prompts;
   for (std::string line; std::getline(text, line);) {
     const std::size_t first = line.find_first_not_of(blanks);

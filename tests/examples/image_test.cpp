@@ -64,6 +64,17 @@ TEST_CASE("the first bytes tell the format, not the name") {
   CHECK(nn::read_image(folder / "b.png") == nn::read_image(data / "picture.jpg"));
 }
 
+TEST_CASE("the text of a PNG is UTF-8 without NUL") {
+  const Folder folder;
+  const Image image{1, 1, {1, 2, 3}};
+  nn::write_png(folder / "good.png", image, {{"parameters", "F\u00fcchse"}});
+  for (const std::string& text : {std::string("caf\xe9"), std::string("a\0b", 3)}) {
+    CHECK_THROWS_WITH_AS(nn::write_png(folder / "bad.png", image, {{"parameters", text}}),
+                         doctest::Contains("text 'parameters': byte "), std::runtime_error);
+    CHECK_FALSE(std::filesystem::exists(folder / "bad.png"));
+  }
+}
+
 TEST_CASE("a PNG is read as it was written, 16 bits and grey too") {
   const Folder folder;
   const Image image = random_image(13, 7, 1);

@@ -227,9 +227,9 @@ namespace detail {
   nlohmann::ordered_json config;
   if (FileStatus status = read_config(checkpoint.config(), config); !status.ok()) return status;
   for (const char* key : {"num_heads", "num_attention_heads"})
-    if (const auto found = config.find(key); found != config.end()) {
-      if (!found->is_number_integer())
-        return file_error(checkpoint.config(), std::string(key) + " is no whole number");
+    if (const auto found = config.find(key); found != config.end() && !found->is_null()) {
+      if (!found->is_number_unsigned() || *found < 1 || *found > 4096)
+        return file_error(checkpoint.config(), std::string(key) + " is no whole number from 1 to 4096");
       out = found->get<Index>();
       return {};
     }
@@ -479,6 +479,7 @@ inline void initialise(Initialiser initialiser, std::uint64_t seed, std::string_
   for (; !error && entry != fs::recursive_directory_iterator(); entry.increment(error)) {
     const fs::path path = entry->path(), relative = path.lexically_relative(checkpoint.root);
     const bool folder = entry->is_directory(error);
+    if (!is_utf8(path.filename().string())) return file_error(path, "has a name that is not UTF-8");
     if (path.filename().string().starts_with(".")) {
       if (folder) entry.disable_recursion_pending();
     } else if (folder) {

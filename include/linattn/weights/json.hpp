@@ -43,7 +43,7 @@ class StrictJsonBuilder {
   bool number_integer(number_integer_t value) { return add(Json(value)) != nullptr; }
   bool number_unsigned(number_unsigned_t value) { return add(Json(value)) != nullptr; }
   bool number_float(number_float_t value, const string_t&) { return add(Json(value)) != nullptr; }
-  bool string(string_t& value) { return add(Json(std::move(value))) != nullptr; }
+  bool string(string_t& value) { return no_nul(value) && add(Json(std::move(value))) != nullptr; }
   bool binary(binary_t&) { return fail("binary value"); }
   bool start_object(std::size_t) { return push(Json::object()); }
   bool start_array(std::size_t) { return push(Json::array()); }
@@ -51,20 +51,28 @@ class StrictJsonBuilder {
   bool end_array() { return pop(); }
 
   bool key(string_t& name) {
+    if (!no_nul(name)) return false;
     if constexpr (!keeps_order)
       if (stack_.back()->contains(name)) return duplicate(name);
     key_ = std::move(name);
     return true;
   }
   template <class Exception>
-  bool parse_error(std::size_t position, const std::string&, const Exception&) {
-    return fail("syntax error at byte " + std::to_string(position));
+  bool parse_error(std::size_t position, const std::string&, const Exception& error) {
+    constexpr int number_overflow = 406;
+    return fail(
+        (error.id == number_overflow ? "number beyond those of double at byte " : "syntax error at byte ") +
+        std::to_string(position));
   }
 
  private:
   // ordered_json looks a key up by going through all of them, which a large object must not cost for each key.
   static constexpr bool keeps_order = std::is_same_v<Json, nlohmann::ordered_json>;
 
+  // "\u0000" would end a name or a path for the system, but not for us.
+  bool no_nul(const string_t& text) {
+    return text.find('\0') == string_t::npos || fail("holds a NUL in a string");
+  }
   bool fail(std::string why) {
     error_ = std::move(why);
     return false;
@@ -125,6 +133,12 @@ class StrictJsonBuilder {
   std::string error_;
 };
 
+// What nlohmann leaves out when it writes a text is not UTF-8.
+[[nodiscard]] inline bool is_utf8(const std::string& text) {
+  using nlohmann::json;
+  return json::parse(json(text).dump(-1, ' ', false, json::error_handler_t::ignore)) == text;
+}
+
 }  // namespace detail
 
 // Parses UTF-8 text into a document (nlohmann::json or nlohmann::ordered_json). Returns what is wrong with
@@ -132,6 +146,7 @@ class StrictJsonBuilder {
 template <class Json>
 [[nodiscard]] std::string parse_json(std::string_view text, Json& out, const JsonLimits& limits = {}) {
   out = nullptr;
+  if (text.starts_with("\xff\xfe") || text.starts_with("\xfe\xff")) return "is UTF-16, UTF-8 is expected";
   // nlohmann's lexer takes a NUL for the end of the text, whatever follows it.
   if (text.find('\0') != std::string_view::npos) return "holds a NUL byte";
   detail::StrictJsonBuilder<Json> builder(out, limits);

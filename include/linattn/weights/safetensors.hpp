@@ -435,6 +435,8 @@ class Safetensors {
   }
 
   FileStatus add(MappedFile&& file) {
+    if (!detail::is_utf8(file.path().filename().string()))
+      return detail::file_error(file.path(), "has a name that is not UTF-8");
     FileStatus status = detail::parse_safetensors(file, shards_.size(), tensors_, metadata_);
     shards_.push_back(std::move(file));
     return status;
