@@ -109,6 +109,7 @@ struct Arguments {
           {"key_shift_ratio",
            {{"softmax", key_shift_ratios(rt, layers.softmax)}, {"ttt", key_shift_ratios(rt, layers.ttt)}}},
           {"maps", maps},
+          {"ignored_tensors", to_json(layers.ignored)},
           {"output", output.string()}};
 }
 

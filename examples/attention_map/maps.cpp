@@ -102,6 +102,7 @@ Layers read_layer(const std::filesystem::path& path, Index height, Index width) 
   layers.softmax.k = read(file, "k", shape);
   layers.softmax.v = read(file, "v", shape);
   layers.module = TttModule<float>::load(file, stem, module, shape[1], shape[2]);
+  (void)leftovers(file, "a layer, which is q, k, v and one converted attention");
 
   if (height == 0) height = width = static_cast<Index>(std::sqrt(static_cast<double>(shape[0])));
   constexpr Index most_special = 2;
@@ -146,6 +147,8 @@ Layers run_models(Runtime& rt, const std::filesystem::path& softmax, const std::
   layers.softmax = observe(rt, original, before, pixels, block);
   layers.ttt = observe(rt, converted, after, pixels, block);
   layers.photo = as_image(pixels, preprocessing);
+  for (const deit::Vit<float>* vit : {&before, &after})
+    layers.ignored.insert(layers.ignored.end(), vit->ignored().begin(), vit->ignored().end());
   return layers;
 }
 

@@ -7,6 +7,7 @@
 
 #include "nn/checkpoint.hpp"
 #include "nn/image.hpp"
+#include "nn/leftovers.hpp"
 #include "nn/runtime.hpp"
 #include "nn/ttt_module.hpp"
 
@@ -31,6 +32,7 @@ struct Layers {
   Inputs softmax, ttt;
   TttModule<float> module;
   Image photo;  // what the model saw; empty if nobody knows
+  std::vector<Ignored> ignored;
 };
 
 // A file that holds `q`, `k`, `v` [tokens, heads, head_dim] and the tensors of one converted attention under their

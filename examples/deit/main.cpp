@@ -206,8 +206,12 @@ int run(const Arguments& a) {
                                  " pixels");
   share_labels(models);
 
+  std::vector<deit::Ignored> ignored;
+  for (const Model& model : models)
+    ignored.insert(ignored.end(), model.vit.ignored().begin(), model.vit.ignored().end());
   deit::Runtime rt(a.threads);
   nlohmann::ordered_json report{{"threads", rt.workers()},
+                                {"ignored_tensors", nn::to_json(ignored)},
                                 {"pictures", nlohmann::ordered_json::array()},
                                 {"sizes", nlohmann::ordered_json::array()}};
   for (const fs::path& picture : pictures) report["pictures"].push_back(classify(models, picture, rt, a));

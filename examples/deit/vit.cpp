@@ -4,7 +4,6 @@
 #include <array>
 #include <cmath>
 #include <memory>
-#include <set>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -138,14 +137,7 @@ typename Vit<T>::Block Vit<T>::load_block(const Checkpoint& checkpoint, const st
 }
 
 template <class T>
-Vit<T>::Vit(const Checkpoint& original, const VitConfig& config) : config_(config) {
-  // A tensor that is not loaded is part of a model that computes something else.
-  Checkpoint checkpoint = original;
-  std::set<std::string> loaded;
-  checkpoint.on_load = [&](const std::string& tensor) {
-    loaded.insert(tensor);
-    if (original.on_load) original.on_load(tensor);
-  };
+Vit<T>::Vit(const Checkpoint& checkpoint, const VitConfig& config) : config_(config) {
   const Index width = config_.width, patch = config_.patch;
   patches_.weight = checkpoint.get(patch_weight, {width, config_.channels, patch, patch}).matrix();
   patches_.bias = checkpoint.vector<T>("patch_embed.proj.bias", width);
@@ -165,9 +157,12 @@ Vit<T>::Vit(const Checkpoint& original, const VitConfig& config) : config_(confi
   norm_ = load_norm(checkpoint, "norm");
   head_ = checkpoint.linear<T>("head", config_.classes, width);
   if (config_.special == 2) distilled_head_ = checkpoint.linear<T>("head_dist", config_.classes, width);
-  for (const std::string& name : checkpoint.stored_names())
-    if (!loaded.contains(checkpoint.full_name(name)))
-      fail(checkpoint, "tensor '" + checkpoint.full_name(name) + "' is none of a ViT, DeiT or T5 model");
+
+  std::vector<Harmless> harmless{{"mask_token", "of the training on masked pictures"}};
+  for (const std::string& prefix : linattn::vit_prefixes(checkpoint.files(), linattn::WeightSet::ema))
+    if (checkpoint.full_name("").empty() && !prefix.empty())
+      harmless.push_back({prefix + "*", "the moving average of the weights, which themselves are taken"});
+  ignored_ = leftovers(checkpoint, "a ViT, DeiT or T5 model", harmless);
 }
 
 template <class T>

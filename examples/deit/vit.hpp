@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "nn/checkpoint.hpp"
+#include "nn/leftovers.hpp"
 #include "nn/nn.hpp"
 #include "nn/runtime.hpp"
 #include "nn/ttt_module.hpp"
@@ -55,6 +56,8 @@ class Vit {
   Vit(const Checkpoint& checkpoint, const VitConfig& config);
 
   [[nodiscard]] const VitConfig& config() const { return config_; }
+  // What lies beside the model's tensors and changes nothing.
+  [[nodiscard]] const std::vector<Ignored>& ignored() const { return ignored_; }
   // Blocks whose attention is a Test-Time-Training layer.
   [[nodiscard]] Index converted_blocks() const;
 
@@ -98,6 +101,7 @@ class Vit {
   std::vector<Block> blocks_;
   Norm norm_;
   LinearWeights<T> head_, distilled_head_;
+  std::vector<Ignored> ignored_;
 };
 
 extern template class Vit<float>;

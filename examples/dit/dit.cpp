@@ -122,6 +122,7 @@ Dit<T>::Dit(const Checkpoint& checkpoint, const DitConfig& config) : config_(con
   if (!conversion.empty())
     fail(checkpoint,
          "the converted module '" + conversion.begin()->first + "' is no attention of this model");
+  ignored_ = leftovers(checkpoint, "a DiT or DiT5 model");
 }
 
 template <class T>

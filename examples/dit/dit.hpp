@@ -12,6 +12,7 @@
 #include <linattn/weights/dit.hpp>
 
 #include "nn/checkpoint.hpp"
+#include "nn/leftovers.hpp"
 #include "nn/nn.hpp"
 #include "nn/runtime.hpp"
 #include "nn/ttt_module.hpp"
@@ -57,11 +58,13 @@ using Modulations = std::vector<Tensor<T>>;
 template <class T>
 class Dit {
  public:
-  // Throws std::runtime_error that names the tensor which is missing or has another shape.
+  // Throws std::runtime_error that names the tensor which is missing, has another shape, or is none of a DiT.
   explicit Dit(const Checkpoint& checkpoint) : Dit(checkpoint, DitConfig::of(checkpoint)) {}
   Dit(const Checkpoint& checkpoint, const DitConfig& config);
 
   [[nodiscard]] const DitConfig& config() const { return config_; }
+  // What lies beside the model's tensors and changes nothing.
+  [[nodiscard]] const std::vector<Ignored>& ignored() const { return ignored_; }
   [[nodiscard]] Index modules() const { return config_.shapes.depth; }
   [[nodiscard]] Index converted_modules() const;
 
@@ -103,6 +106,7 @@ class Dit {
   LinearWeights<T> patches_, time1_, time2_;
   std::vector<Block> blocks_;
   LinearWeights<T> final_modulation_, final_;
+  std::vector<Ignored> ignored_;
 };
 
 extern template class Dit<float>;

@@ -206,6 +206,7 @@ int run(Arguments& a) {
   nn::Runtime rt(a.threads);
   const sd35::Checkpoint vae_file = sd35::Checkpoint::open(a.vae, sd35::Component::vae);
   const sd35::VaeDecoder<float> vae(vae_file, sd35::VaeConfig::of(vae_file));
+  std::vector<nn::Ignored> ignored = sd35::leftovers(vae_file);
   std::vector<Entry> entries;
   Index height = 0, width = 0;
   for (const fs::path& path : a.models) {
@@ -222,6 +223,7 @@ int run(Arguments& a) {
     }
     Entry& entry = entries.emplace_back(Entry{path, checkpoint, nullptr, {}, {}});
     entry.model = std::make_unique<dit::Dit<float>>(checkpoint, config);
+    ignored.insert(ignored.end(), entry.model->ignored().begin(), entry.model->ignored().end());
     try {
       entry.sampling.emplace(*entry.model, a.classes, height, width, a.sampling);
     } catch (const std::runtime_error& error) {
@@ -257,7 +259,8 @@ int run(Arguments& a) {
   }
   const double decode_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  const nlohmann::ordered_json facts = report(a, entries, images[0], rt.workers(), decode_seconds);
+  nlohmann::ordered_json facts = report(a, entries, images[0], rt.workers(), decode_seconds);
+  facts["ignored_tensors"] = nn::to_json(ignored);
   nn::expect_finite_report(facts);
   nn::write_png(a.output, tile(images, columns),
                 {{"parameters", parameters(a, entries, images[0])}, {"Software", "linattn"}});

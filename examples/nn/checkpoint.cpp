@@ -97,11 +97,16 @@ Weight Checkpoint::load(std::string_view tensor, const std::vector<Index>& expec
       found->dtype != Dtype::f64)
     fail(tensor, "expected F32, F16, BF16 or F64, got " + linattn::describe(*found));
 
-  if (on_load) on_load(found->name);
+  note_load(found->name);
   Weight weight{found->name, found->dtype, found->shape, found->bytes.data(), files_, scale_of(*found), true};
   if (reinterpret_cast<std::uintptr_t>(weight.data) % linattn::size_of(weight.dtype) != 0)
     weight = copy(weight);
   return adapt(tensor, std::move(weight));
+}
+
+void Checkpoint::note_load(const std::string& stored) const {
+  loaded_->insert(stored);
+  if (on_load) on_load(stored);
 }
 
 // A scale is never passed over: where one is that is not known to be applied, the tensor is refused.
@@ -124,7 +129,7 @@ float Checkpoint::scale_of(const TensorInfo& weight) const {
   float scale = 0;
   std::memcpy(&scale, found->bytes.data(), sizeof scale);
   if (!std::isfinite(scale)) refuse(found->name, "the scale is not a finite number");
-  if (on_load) on_load(found->name);
+  note_load(found->name);
   return scale;
 }
 

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -56,8 +57,15 @@ class Checkpoint {
     return {matrix(module + ".weight", out, in), {}};
   }
 
-  // Called with the file's own name of each tensor that is loaded, to account for those that nobody wants.
+  // Called with the file's own name of each tensor that is loaded.
   std::function<void(const std::string& tensor)> on_load;
+  // Whether the file's tensor of this name was loaded from this checkpoint or a copy of it.
+  [[nodiscard]] bool has_loaded(const std::string& stored) const { return loaded_->contains(stored); }
+  // The name below the prefix of a tensor of the file; nothing where the tensor belongs to other parts of it.
+  [[nodiscard]] virtual std::optional<std::string_view> own_name(std::string_view stored) const {
+    if (!stored.starts_with(prefix_)) return std::nullopt;
+    return stored.substr(prefix_.size());
+  }
 
   // Tensors as the file names them, without the prefix.
   [[nodiscard]] std::vector<std::string> stored_names() const;
@@ -105,9 +113,12 @@ class Checkpoint {
   bool takes_f8_ = false;  // whether the model's layers take F8_E4M3 weights and their scales
 
  private:
+  void note_load(const std::string& stored) const;
   [[nodiscard]] Weight load(std::string_view tensor, const std::vector<Index>& expected) const;
   [[nodiscard]] float scale_of(const linattn::TensorInfo& weight) const;
   [[nodiscard]] const nlohmann::json* config_entry(const char* key) const;  // null: it does not say
+
+  std::shared_ptr<std::set<std::string>> loaded_ = std::make_shared<std::set<std::string>>();
 };
 
 // The config.json of a folder; null where there is none.

@@ -187,6 +187,50 @@ int fused_part(std::string_view tensor) {
   return -1;
 }
 
+constexpr std::array components{Component::transformer, Component::vae, Component::clip_l, Component::clip_g,
+                                Component::t5};
+
+// What the names of all that belongs to a component begin with, its model being below the prefix.
+std::string_view domain(std::string_view prefix) {
+  constexpr std::string_view model = "transformer.";
+  return prefix.ends_with(model) ? prefix.substr(0, prefix.size() - model.size()) : prefix;
+}
+
+bool belongs_to(std::string_view stored, Component component) {
+  const auto& prefixes = traits(component).prefixes;
+  return std::any_of(prefixes.begin(), prefixes.end(), [&](std::string_view prefix) {
+    return !prefix.empty() && stored.starts_with(domain(prefix));
+  });
+}
+
+std::vector<Harmless> harmless_beside(Component component, bool encodes) {
+  const std::string text = "the half of CLIP that reads pictures";
+  switch (component) {
+    case Component::vae:
+      if (encodes) return {{"loss.*", "of the training"}};
+      return {{"encoder.*", "the encoder, which no picture to start from needs"},
+              {"quant_conv.*", "of the encoder, which no picture to start from needs"},
+              {"loss.*", "of the training"}};
+    case Component::clip_l:
+    case Component::clip_g:
+      return {{"text_model.embeddings.position_ids", "the numbers from 0"},
+              {"logit_scale", "scales a comparison with pictures"},
+              {"vision_model.*", text},
+              {"visual_projection.weight", text}};
+    case Component::t5:
+      return {{"encoder.embed_tokens.weight", "another name of shared.weight"},
+              {"decoder.*", "the decoder"},
+              {"lm_head.weight", "of the decoder"},
+              {"spiece_model", "the tokenizer, which --tokenizers names"},
+              {"logit_scale", "nothing of T5"},
+              {"scaled_fp8", "says that weights have scales, which are applied"},
+              {"*.scale_input", "rounds activations to 8 bits, which keep theirs here"}};
+    case Component::transformer:
+      break;
+  }
+  return {};
+}
+
 }  // namespace
 
 std::string_view name(Component component) { return traits(component).name; }
@@ -255,6 +299,15 @@ Checkpoint Checkpoint::open(const fs::path& path, Component component) {
                            (status.ok() ? guess_family(files) : ""));
 }
 
+std::optional<std::string_view> Checkpoint::own_name(std::string_view stored) const {
+  if (const auto name = nn::Checkpoint::own_name(stored); name && !prefix_.empty()) return name;
+  const std::string_view own = domain(prefix_);
+  if (!own.empty()) return stored.starts_with(own) ? std::optional(stored.substr(own.size())) : std::nullopt;
+  for (const Component component : components)
+    if (component != component_ && belongs_to(stored, component)) return std::nullopt;
+  return stored;
+}
+
 std::string Checkpoint::stored_name(std::string_view tensor) const {
   if (component_ == Component::transformer) {
     if (diffusers_) return diffusers_transformer_name(tensor);
@@ -290,6 +343,29 @@ bool Checkpoint::swapped_halves(std::string_view tensor) const {
   // The last context block alone has no projection: its modulation is (shift, scale) only.
   return at != std::string_view::npos &&
          !has(std::string(tensor.substr(0, at)) + ".context_block.attn.proj.weight");
+}
+
+std::vector<Ignored> leftovers(const Checkpoint& checkpoint, bool encodes) {
+  const Component component = checkpoint.component();
+  std::vector<Ignored> ignored = nn::leftovers(checkpoint, "the " + std::string(name(component)) + "'s",
+                                               harmless_beside(component, encodes));
+  if (component != Component::transformer || checkpoint.full_name("").empty()) return ignored;
+  for (const TensorInfo& tensor : checkpoint.files().tensors()) {
+    if (std::any_of(components.begin(), components.end(),
+                    [&](Component other) { return belongs_to(tensor.name, other); }))
+      continue;
+    if (tensor.name.find("lora") != std::string::npos)
+      throw std::runtime_error(checkpoint.path().string() + ": tensor '" + tensor.name +
+                               "' is of a LoRA that is not merged into the weights");
+    const std::string names = tensor.name.substr(0, tensor.name.find('.')) + ".*";
+    const auto line = std::find_if(ignored.begin(), ignored.end(),
+                                   [&](const Ignored& known) { return known.names == names; });
+    if (line == ignored.end())
+      ignored.push_back({checkpoint.path().string(), names, "belongs to no component of SD3.5", 1});
+    else
+      ++line->count;
+  }
+  return ignored;
 }
 
 }  // namespace sd35

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "nn/checkpoint.hpp"
+#include "nn/leftovers.hpp"
 
 namespace sd35 {
 
@@ -34,6 +35,11 @@ class Checkpoint : public nn::Checkpoint {
   [[nodiscard]] static std::optional<Checkpoint> open_if_present(const std::filesystem::path& path,
                                                                  Component component);
 
+  // Beside "text_encoders.clip_l.transformer." lies what belongs to the same encoder. A file without prefixes is the
+  // component's but for what has the prefix of another.
+  [[nodiscard]] std::optional<std::string_view> own_name(std::string_view stored) const override;
+  [[nodiscard]] Component component() const { return component_; }
+
   // The names are diffusers'.
   [[nodiscard]] bool diffusers() const { return diffusers_; }
 
@@ -49,5 +55,10 @@ class Checkpoint : public nn::Checkpoint {
   Index vae_levels_ = 0;
   bool vae_old_attention_ = false;
 };
+
+// What lies beside the tensors that the models of this component have loaded, and changes nothing; `encodes` says
+// whether the encoder of a VAE is among them. With the transformer come the tensors of its file that belong to no
+// component. Throws std::runtime_error that names a tensor which would change what is computed.
+[[nodiscard]] std::vector<Ignored> leftovers(const Checkpoint& checkpoint, bool encodes = false);
 
 }  // namespace sd35

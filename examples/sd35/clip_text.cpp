@@ -127,7 +127,7 @@ ClipFeatures<T> ClipText<T>::encode(Runtime& rt, std::span<const std::int32_t> t
   }
   if (projection_) {
     features.projected = linear<T>(rt, features.pooled.template view<3>(), *projection_);
-    expect("text projection", features.projected);
+    if (config_.project) expect("text projection", features.projected);
   }
   features.last_hidden = std::move(x);
   return features;

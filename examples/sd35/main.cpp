@@ -164,6 +164,7 @@ nlohmann::ordered_json report(const sd35::Picture& picture, const std::filesyste
     json["init_image"] = options.init_image.string();
     json["strength"] = options.strength;
   }
+  json["ignored_tensors"] = sd35::to_json(picture.ignored);
   json["seconds"] = nlohmann::ordered_json::object();
   double total = 0;
   for (const sd35::Stage& stage : picture.stages) {

@@ -9,11 +9,13 @@
 
 #include <linattn/weights/random.hpp>
 
+#include "clip_text.hpp"
 #include "embeddings.hpp"
 #include "nn/finite.hpp"
 #include "nn/resize.hpp"
 #include "nn/small_file.hpp"
 #include "nn/text.hpp"
+#include "t5_encoder.hpp"
 #include "vae.hpp"
 
 namespace sd35 {
@@ -207,6 +209,10 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
   const Checkpoint vae_file = find(files.vae, Component::vae, "--vae");
   const VaeConfig vae_config = VaeConfig::of(vae_file);
   const VaeDecoder<float> vae(vae_file, vae_config);
+  const auto account = [&](const std::vector<Ignored>& ignored) {
+    common.ignored.insert(common.ignored.end(), ignored.begin(), ignored.end());
+  };
+  account(leftovers(transformer_file));
   const MmditConfig& config = transformer.config();
   const Defaults defaults = defaults_of(config, options.turbo);
   common.model = defaults.name;
@@ -234,6 +240,7 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
       chosen.height = init.height / unit * unit;
     }
   }
+  account(leftovers(vae_file, encoder.has_value()));
   chosen.width = side(chosen.width, "width", unit, config.position_grid);
   chosen.height = side(chosen.height, "height", unit, config.position_grid);
   chosen.steps = options.steps.value_or(defaults.steps);
@@ -260,14 +267,20 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
         "folder with --tokenizers");
   const auto find_encoder = [&](const fs::path& path, Component component, const char* option,
                                 fs::path& out) {
-    if (!path.empty()) {
-      (void)Checkpoint::open(path, component);
-      out = path;
-    } else if (!files.model.empty() && Checkpoint::open_if_present(files.model, component)) {
-      out = files.model;
-    } else {
-      note("no " + std::string(name(component)) + " (" + option + "): its features are zeros");
-    }
+    std::optional<Checkpoint> checkpoint;
+    if (!path.empty())
+      checkpoint = Checkpoint::open(path, component);
+    else if (!files.model.empty())
+      checkpoint = Checkpoint::open_if_present(files.model, component);
+    if (!checkpoint)
+      return note("no " + std::string(name(component)) + " (" + option + "): its features are zeros");
+    out = path.empty() ? files.model : path;
+    // Its tensors stay in the file: whether all are there shows now, not after hours.
+    if (component == Component::t5)
+      (void)T5Encoder<float>(*checkpoint);
+    else
+      (void)ClipText<float>(*checkpoint, ClipConfig::of(*checkpoint, component));
+    account(leftovers(*checkpoint));
   };
   find_encoder(files.clip_l, Component::clip_l, "--clip-l", sources.clip_l);
   find_encoder(files.clip_g, Component::clip_g, "--clip-g", sources.clip_g);

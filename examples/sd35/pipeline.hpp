@@ -84,7 +84,8 @@ struct Picture {
   PictureOptions options;  // with every default filled in, and the picture's own prompt and seed
   std::string model;       // "SD3.5 Medium", ...
   Index modules = 0, converted_modules = 0;
-  std::vector<Stage> stages;  // load, text and encode are those of all pictures that were made together
+  std::vector<Ignored> ignored;  // tensors of the files that change nothing
+  std::vector<Stage> stages;     // load, text and encode are those of all pictures that were made together
   double seconds_a_step = 0;
 
   /// Everything needed to make the picture again, as other Stable Diffusion programs write it into a PNG:

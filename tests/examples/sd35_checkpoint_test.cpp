@@ -305,6 +305,46 @@ TEST_CASE("one file may hold every component") {
   CHECK_FALSE(Checkpoint::open_if_present(folder / "all.safetensors", Component::t5).has_value());
 }
 
+TEST_CASE("a tensor is a component's own below its prefix, and loaded by any copy") {
+  const Folder folder;
+  Parameters all;
+  for (const auto& [name, array] : sd35_files::make_clip(Dtype::f32, {.layers = 1}, 1))
+    all["text_encoders.clip_l.transformer." + name] = array;
+  const auto one = [](const char* name) { return std::pair<const std::string, Array>(name, Array({2})); };
+  all.insert(
+      {one("text_encoders.clip_l.logit_scale"), one("text_encoders.t5xxl.transformer.x"), one("alphas")});
+  sd35_files::write(folder / "all.safetensors", all, Dtype::f32);
+  const Checkpoint clip = Checkpoint::open(folder / "all.safetensors", Component::clip_l);
+  CHECK(clip.own_name("text_encoders.clip_l.transformer.text_model.x") == "text_model.x");
+  CHECK(clip.own_name("text_encoders.clip_l.logit_scale") == "logit_scale");
+  for (const char* other :
+       {"text_encoders.t5xxl.transformer.x", "text_encoders.clip_g.logit_scale", "alphas"})
+    CHECK_FALSE(clip.own_name(other).has_value());
+
+  CHECK_THROWS_WITH((void)sd35::leftovers(clip),
+                    doctest::Contains("more are none of the CLIP-L text encoder's"));
+  const Checkpoint copy = clip;
+  for (const std::string& name : copy.stored_names()) {
+    const std::vector<Index> shape = copy.files().find(copy.full_name(name))->shape;
+    if (name != "text_model.final_layer_norm.bias") (void)copy.get(name, shape);
+  }
+  CHECK_THROWS_WITH((void)sd35::leftovers(clip), doctest::Contains("final_layer_norm.bias' is none of"));
+  (void)copy.get("text_model.final_layer_norm.bias", {Checkpoint::any});
+  const std::vector<nn::Ignored> ignored = sd35::leftovers(clip);
+  REQUIRE(ignored.size() == 1);
+  CHECK(ignored[0].count == 1);
+  CHECK(ignored[0].names.ends_with("logit_scale"));
+
+  // Without a prefix all is the component's own, but for what has the prefix of another.
+  all.clear();
+  for (const auto& [name, array] : sd35_files::make_clip(Dtype::f32, {.layers = 1}, 1)) all[name] = array;
+  sd35_files::write(folder / "clip.safetensors", all, Dtype::f32);
+  const Checkpoint alone = Checkpoint::open(folder / "clip.safetensors", Component::clip_l);
+  CHECK(alone.own_name("lora_A") == "lora_A");
+  CHECK_FALSE(alone.own_name("text_encoders.clip_g.logit_scale").has_value());
+  CHECK_FALSE(alone.own_name("model.diffusion_model.x").has_value());
+}
+
 TEST_CASE("a weight outlives its checkpoint") {
   const Folder folder;
   const Parameters clip = sd35_files::make_clip(Dtype::f16, {.layers = 1});
