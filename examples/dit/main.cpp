@@ -119,33 +119,40 @@ struct Entry {
 };
 
 // Samples in rows of `columns`, a white gap between them.
-Image tile(const std::vector<Image>& images, Index columns) {
-  constexpr Index gap = 2;
-  const Index width = images[0].width, height = images[0].height;
-  const Index rows = (static_cast<Index>(images.size()) + columns - 1) / columns;
-  Image all{columns * (width + gap) - gap, rows * (height + gap) - gap, {}};
-  all.rgb.assign(static_cast<std::size_t>(all.width * all.height * 3), 255);
-  for (Index i = 0; i < static_cast<Index>(images.size()); ++i)
-    for (Index y = 0; y < height; ++y)
-      std::copy_n(images[static_cast<std::size_t>(i)].rgb.begin() + y * width * 3, width * 3,
-                  all.rgb.begin() +
-                      ((i / columns * (height + gap) + y) * all.width + i % columns * (width + gap)) * 3);
-  return all;
-}
-
-// One sample at a time: a decoder's activations are large.
-void decode(nn::Runtime& rt, const sd35::Checkpoint& file, const sd35::VaeDecoder<float>& vae,
-            TensorView<const float, 4> latents, std::vector<Image>& images) {
-  for (Index i = 0; i < latents.extent(0); ++i) {
-    const Tensor<float> pixels = nn::with_weights_of(file, [&] {
-      return nn::in_stage("VAE decoder", [&] { return vae.decode(rt, slice<0>(latents, i, 1)); });
-    });
-    if (pixels.extent(3) != 3)
-      throw std::runtime_error("the VAE makes pictures of " + std::to_string(pixels.extent(3)) +
-                               " colours, not 3");
-    images.push_back(nn::to_image<float>({pixels.data(), static_cast<std::size_t>(pixels.elements())},
-                                         pixels.extent(2), pixels.extent(1)));
+class Grid {
+ public:
+  Grid(Index width, Index height, Index columns, Index rows)
+      : width_(width + gap),
+        height_(height + gap),
+        columns_(columns),
+        image_{columns * width_ - gap, rows * height_ - gap, {}} {
+    image_.rgb.assign(static_cast<std::size_t>(image_.width * image_.height * 3), 255);
   }
+
+  void place(const Image& sample, Index at) {
+    for (Index y = 0; y < sample.height; ++y)
+      std::copy_n(
+          sample.rgb.begin() + y * sample.width * 3, sample.width * 3,
+          image_.rgb.begin() + ((at / columns_ * height_ + y) * image_.width + at % columns_ * width_) * 3);
+  }
+  [[nodiscard]] const Image& image() const { return image_; }
+
+ private:
+  static constexpr Index gap = 2;
+  Index width_, height_, columns_;
+  Image image_;
+};
+
+// One sample: a decoder's activations are large.
+Image decode(nn::Runtime& rt, const sd35::Checkpoint& file, const sd35::VaeDecoder<float>& vae,
+             const TensorView<const float, 4>& latent) {
+  const Tensor<float> pixels = nn::with_weights_of(
+      file, [&] { return nn::in_stage("VAE decoder", [&] { return vae.decode(rt, latent); }); });
+  if (pixels.extent(3) != 3)
+    throw std::runtime_error("the VAE makes pictures of " + std::to_string(pixels.extent(3)) +
+                             " colours, not 3");
+  return nn::to_image<float>({pixels.data(), static_cast<std::size_t>(pixels.elements())}, pixels.extent(2),
+                             pixels.extent(1));
 }
 
 // A side of the latents from one of the pictures.
@@ -158,13 +165,13 @@ Index latent_side(std::optional<Index> pixels, const char* name, Index otherwise
   return *pixels / factor;
 }
 
-std::string parameters(const Arguments& a, const std::vector<Entry>& entries, const Image& sample) {
+std::string parameters(const Arguments& a, const std::vector<Entry>& entries, Index width, Index height) {
   std::ostringstream text;
   text << "Classes:";
   for (const std::int32_t label : a.classes) text << " " << label;
   text << "\nSteps: " << a.sampling.steps << ", Sampler: " << name(a.sampling.method)
-       << ", CFG scale: " << a.sampling.cfg_scale << ", Seed: " << a.sampling.seed
-       << ", Size: " << sample.width << "x" << sample.height;
+       << ", CFG scale: " << a.sampling.cfg_scale << ", Seed: " << a.sampling.seed << ", Size: " << width
+       << "x" << height;
   for (const Entry& entry : entries)
     text << ", Model: " << entry.label() << " (" << entry.path.filename().string()
          << "), Linear attention: " << entry.model->converted_modules() << " of " << entry.model->modules();
@@ -172,12 +179,12 @@ std::string parameters(const Arguments& a, const std::vector<Entry>& entries, co
   return text.str();
 }
 
-nlohmann::ordered_json report(const Arguments& a, const std::vector<Entry>& entries, const Image& sample,
-                              Index threads, double decode_seconds) {
+nlohmann::ordered_json report(const Arguments& a, const std::vector<Entry>& entries, Index width,
+                              Index height, Index threads, double decode_seconds) {
   nlohmann::ordered_json json{{"output", a.output.string()},
                               {"classes", a.classes},
-                              {"width", sample.width},
-                              {"height", sample.height},
+                              {"width", width},
+                              {"height", height},
                               {"seed", a.sampling.seed},
                               {"sampler", name(a.sampling.method)},
                               {"steps", a.sampling.steps},
@@ -249,21 +256,22 @@ int run(Arguments& a) {
   const auto start = std::chrono::steady_clock::now();
   const auto samples = static_cast<Index>(a.classes.size());
   const Index columns = std::min(a.columns.value_or(8), samples);
-  std::vector<Image> images;
-  for (const Entry& entry : entries) {
-    decode(rt, vae_file, vae, entry.sampling->latents(), images);
-    // Each model begins a row of its own.
-    const Image blank{images[0].width, images[0].height,
-                      std::vector<std::uint8_t>(images[0].rgb.size(), 255)};
-    while (static_cast<Index>(images.size()) % columns != 0) images.push_back(blank);
-  }
+  // Each model begins a row of its own.
+  const Index rows = (samples + columns - 1) / columns;
+  width *= vae.factor();
+  height *= vae.factor();
+  Grid grid(width, height, columns, rows * static_cast<Index>(entries.size()));
+  for (std::size_t m = 0; m < entries.size(); ++m)
+    for (Index i = 0; i < samples; ++i)
+      grid.place(decode(rt, vae_file, vae, slice<0>(entries[m].sampling->latents(), i, 1)),
+                 static_cast<Index>(m) * rows * columns + i);
   const double decode_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  nlohmann::ordered_json facts = report(a, entries, images[0], rt.workers(), decode_seconds);
+  nlohmann::ordered_json facts = report(a, entries, width, height, rt.workers(), decode_seconds);
   facts["ignored_tensors"] = nn::to_json(ignored);
   nn::expect_finite_report(facts);
-  nn::write_png(a.output, tile(images, columns),
-                {{"parameters", parameters(a, entries, images[0])}, {"Software", "linattn"}});
+  nn::write_png(a.output, grid.image(),
+                {{"parameters", parameters(a, entries, width, height)}, {"Software", "linattn"}});
 
   if (a.json) {
     nn::print_text(facts.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");

@@ -40,10 +40,7 @@ Sampling<T>::Sampling(const Dit<T>& model, std::span<const std::int32_t> classes
   const Index samples = static_cast<Index>(classes.size()), channels = config.shapes.channels;
   model.expect_size(height, width);
 
-  if (cfg_scale_ > 1) labels_.resize(2 * classes.size(), static_cast<std::int32_t>(config.no_class()));
-  const auto batch = static_cast<Index>(labels_.size());
   x_ = Tensor<T>({samples, channels, height, width});
-  output_ = Tensor<T>({batch, config.out_channels(), height, width});
   const std::vector<T> start = normal<T>(generator_, x_.elements());
   std::copy(start.begin(), start.end(), x_.data());
 }
@@ -51,47 +48,52 @@ Sampling<T>::Sampling(const Dit<T>& model, std::span<const std::int32_t> classes
 template <class T>
 void Sampling<T>::step(Runtime& rt) {
   const DitConfig& config = model_.config();
-  const auto batch = static_cast<Index>(labels_.size()), samples = x_.extent(0);
+  const Index samples = x_.extent(0), height = x_.extent(2), width = x_.extent(3), positions = height * width;
   const Index channels = config.shapes.channels, outputs = config.out_channels(),
-              frequencies = config.shapes.frequencies, positions = x_.extent(2) * x_.extent(3);
-
-  Tensor<T> sinusoids({batch, frequencies});
-  for (Index b = 0; b < batch; ++b)
-    sd35::timestep_embedding<T>(diffusion_.time(step_),
-                                {sinusoids.data() + b * frequencies, static_cast<std::size_t>(frequencies)});
+              frequencies = config.shapes.frequencies;
+  const bool guided = cfg_scale_ > 1;
   const std::string stage = "transformer", number = step_text(step_);
-  const Modulations<T> modulations = in_stage(
-      stage, [&] { return model_.modulate(rt, std::as_const(sinusoids).template view<2>(), labels_); },
-      number);
-  Tensor<T> input({batch, channels, x_.extent(2), x_.extent(3)});
-  for (Index first = 0; first < batch; first += samples)
-    std::copy_n(x_.data(), x_.elements(), input.data() + first * channels * positions);
-  in_stage(
-      stage,
-      [&] {
-        model_.forward(rt, std::as_const(input).template view<4>(), modulations, output_.template view<4>());
-      },
-      number);
-  const auto expect = [&](const std::string& place, const Tensor<T>& values) {
-    expect_finite<T>(place + number, {values.data(), static_cast<std::size_t>(values.elements())});
-  };
-  T* const output = output_.data();
-  if (batch > samples) {
-    guide(output, output + samples * outputs * positions, cfg_scale_, samples, outputs, positions, output);
-    expect("guidance", output_);
-  }
-
-  std::vector<T> fresh;
-  if (diffusion_.method() == Method::ddpm) fresh = normal<T>(generator_, batch * channels * positions);
   const auto size = static_cast<std::size_t>(channels * positions);
-  for (Index b = 0; b < samples; ++b) {
-    const T* const noise = output + b * outputs * positions;
-    diffusion_.advance(step_, {noise, size}, {noise + size, config.learns_variance() ? size : 0},
-                       fresh.empty() ? std::span<const T>()
-                                     : std::span<const T>(fresh.data() + b * channels * positions, size),
-                       {x_.data() + b * channels * positions, size});
+  std::vector<T> fresh;
+  if (diffusion_.method() == Method::ddpm)
+    fresh = normal<T>(generator_, (guided ? 2 : 1) * samples * channels * positions);
+
+  for (Index first = 0; first < samples; first += at_once) {
+    const Index count = std::min(at_once, samples - first), batch = guided ? 2 * count : count;
+    std::vector<std::int32_t> labels(labels_.begin() + first, labels_.begin() + first + count);
+    labels.resize(static_cast<std::size_t>(batch), static_cast<std::int32_t>(config.no_class()));
+    T* const x = x_.data() + first * channels * positions;
+
+    Tensor<T> sinusoids({batch, frequencies});
+    for (Index b = 0; b < batch; ++b)
+      sd35::timestep_embedding<T>(diffusion_.time(step_), {sinusoids.data() + b * frequencies,
+                                                           static_cast<std::size_t>(frequencies)});
+    Tensor<T> input({batch, channels, height, width}), output({batch, outputs, height, width});
+    for (Index half = 0; half < batch; half += count)
+      std::copy_n(x, count * channels * positions, input.data() + half * channels * positions);
+    in_stage(
+        stage,
+        [&] {
+          const Modulations<T> modulations =
+              model_.modulate(rt, std::as_const(sinusoids).template view<2>(), labels);
+          model_.forward(rt, std::as_const(input).template view<4>(), modulations, output.template view<4>());
+        },
+        number);
+    if (guided) {
+      T* const cond = output.data();
+      guide(cond, cond + count * outputs * positions, cfg_scale_, count, outputs, positions, cond);
+      expect_finite<T>("guidance" + number, {cond, static_cast<std::size_t>(output.elements())});
+    }
+    for (Index b = 0; b < count; ++b) {
+      const T* const noise = output.data() + b * outputs * positions;
+      diffusion_.advance(step_, {noise, size}, {noise + size, config.learns_variance() ? size : 0},
+                         fresh.empty()
+                             ? std::span<const T>()
+                             : std::span<const T>(fresh.data() + (first + b) * channels * positions, size),
+                         {x + b * channels * positions, size});
+    }
+    expect_finite<T>("sampler" + number, {x, static_cast<std::size_t>(count) * size});
   }
-  expect("sampler", x_);
   ++step_;
 }
 

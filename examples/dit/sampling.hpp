@@ -24,9 +24,12 @@ struct SamplingOptions {
 /// randn_like of the network's whole batch a step. With guidance that batch is the samples twice, with their classes
 /// and with none; fresh noise for the second half is drawn and not used, as in the official sampler, where both
 /// halves of the network's input are the first half of the state.
+/// The network sees `at_once` samples at a time, so that memory does not grow with the samples but by their latents.
 template <class T>
 class Sampling {
  public:
+  static constexpr Index at_once = 8;
+
   /// Latents of height x width. Throws std::runtime_error where a class is none of the model's, the number of steps
   /// is not possible, or the size is none that the model can take.
   Sampling(const Dit<T>& model, std::span<const std::int32_t> classes, Index height, Index width,
@@ -43,8 +46,8 @@ class Sampling {
   Diffusion<T> diffusion_;
   double cfg_scale_;
   linattn::TorchGenerator generator_;
-  std::vector<std::int32_t> labels_;  // of the network's batch
-  Tensor<T> x_, output_;
+  std::vector<std::int32_t> labels_;  // of the samples
+  Tensor<T> x_;
   int step_ = 0;
 };
 

@@ -177,15 +177,14 @@ nlohmann::ordered_json report(const sd35::Picture& picture, const std::filesyste
 }
 
 // Every prompt with every seed.
-std::vector<sd35::Subject> subjects_of(const Arguments& a) {
+std::vector<sd35::Subject> subjects_of(const Arguments& a, const std::vector<std::string>& prompts) {
   const std::uint64_t seed = a.seed ? *a.seed : std::random_device()();
   if (const auto more = static_cast<std::uint64_t>(a.batch_count - 1); seed > nn::seed_range.most - more)
     throw std::runtime_error("--seed: " + std::to_string(seed) + " has no " + std::to_string(more) +
                              " seeds behind it for --batch-count, the last is " +
                              std::to_string(nn::seed_range.most));
   std::vector<sd35::Subject> subjects;
-  for (const std::string& prompt :
-       a.prompt_file.empty() ? std::vector<std::string>{a.picture.prompt} : sd35::read_prompts(a.prompt_file))
+  for (const std::string& prompt : prompts)
     for (int i = 0; i < a.batch_count; ++i)
       subjects.push_back({prompt, seed + static_cast<std::uint64_t>(i)});
   return subjects;
@@ -206,7 +205,9 @@ int run(Arguments& a) {
   a.picture.scheduler = sd35::parse_scheduler(a.scheduler);
   if (a.files.model.empty() && (a.files.transformer.empty() || a.files.vae.empty()))
     throw std::runtime_error("--model is required, or --diffusion-model and --vae");
-  const std::vector<sd35::Subject> subjects = subjects_of(a);
+  const std::vector<std::string> prompts =
+      a.prompt_file.empty() ? std::vector<std::string>{a.picture.prompt} : sd35::read_prompts(a.prompt_file);
+  const std::vector<sd35::Subject> subjects = subjects_of(a, prompts);
   const std::size_t count = subjects.size();
   nn::Outputs outputs(inputs_of(a));
   for (std::size_t i = 0; i < count; ++i) outputs.add_file(sd35::output_path(a.output, i, count));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -291,8 +292,10 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
 
   begin(common.stages, "text");
   std::vector<Prompts> prompts;
+  std::map<std::string_view, std::size_t> places;  // of each prompt among them
   for (const Subject& subject : subjects) {
-    prompts.push_back({subject.prompt});
+    if (!places.emplace(subject.prompt, prompts.size()).second) continue;
+    prompts.push_back({std::string(subject.prompt)});
     if (*chosen.cfg_scale > 1) prompts.back().push_back(options.negative_prompt);
   }
   const std::vector<Conditioning<float>> texts =
@@ -336,7 +339,7 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
     add_noise<float>(levels[0], values_of(noise), values_of(latent));
     if (progress.on_step) progress.on_step(0, steps);
     with_weights_of(transformer_file, [&] {
-      sample<float>(rt, transformer, texts[i], levels,
+      sample<float>(rt, transformer, texts[places.at(subjects[i].prompt)], levels,
                     {options.method, *chosen.cfg_scale, options.skip_layers, *chosen.steps}, latent.view<4>(),
                     [&](int step, auto, auto) {
                       if (progress.on_step) progress.on_step(step + 1, steps);

@@ -102,15 +102,17 @@ struct Progress {
   std::function<void(std::size_t picture, std::size_t pictures)> on_picture;  // before each, from 0
 };
 
-/// What one of several pictures has of its own.
+/// What one of several pictures has of its own. The prompt lies with the caller.
 struct Subject {
-  std::string prompt;
+  std::string_view prompt;
   std::uint64_t seed = 42;
 };
 
-/// Loads, encodes all prompts, releases the encoders, then runs the transformer and decodes, subject by subject;
+/// Loads, encodes each prompt once, releases the encoders, then runs the transformer and decodes, subject by subject;
 /// `done` gets each picture as it is ready. The options' own prompt and seed are not looked at. The same options
 /// and subject give the same picture, byte for byte, with any number of threads and beside any other subjects.
+/// Memory does not grow with the subjects of one prompt; a prompt more takes its rows of text features, twice with
+/// guidance: 77 + 256 of 4096 floats, 5.5 MB, in the published models.
 /// Throws std::runtime_error with one sentence: a size that the model cannot do, a file or tensor that is missing
 /// or of another family.
 void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& options,
