@@ -77,7 +77,7 @@ def readable(name: str) -> str:
     """A demangled kernel without what is the same for all: return type, namespaces, parameters."""
     name = re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "").replace("(bool)0", "false").replace("(bool)1", "true"))
     name = re.sub(r"\(\w+\)(?=\d)", "", name)
-    return re.sub(r"\b(?:linattn|v\d+|detail)::", "", name.removeprefix("void "))
+    return re.sub(r"\b(?:linattn|v\d+|detail|\w+_sm\d+)::", "", name.removeprefix("void "))
 
 
 def demangle(names: list[str]) -> dict[str, str]:

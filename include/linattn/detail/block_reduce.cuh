@@ -6,7 +6,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T, int Threads>
 using BlockReduceScratch = typename cub::BlockReduce<T, Threads>::TempStorage;
@@ -19,5 +19,5 @@ template <int Threads, class T, class Join>
   return cub::BlockReduce<T, Threads>(scratch).Reduce(value, join);
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

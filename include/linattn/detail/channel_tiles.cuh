@@ -14,7 +14,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 inline constexpr int tile_columns = 16, tile_rows = 16;  // of threads
 inline constexpr int tile_threads = tile_columns * tile_rows;
@@ -108,5 +108,5 @@ __device__ __forceinline__ void copy_channels(T* to, const T* from) {
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

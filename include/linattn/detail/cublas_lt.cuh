@@ -20,7 +20,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // What an algorithm may use of the workspace: NVIDIA's recommendation for the largest GPUs.
 inline constexpr Index cublas_lt_bytes = Index{32} << 20;
@@ -147,5 +147,5 @@ template <class X, class T>
              : Status{Code::native, "linear, cuBLASLt", 0, 0, static_cast<int>(status)};
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -14,7 +14,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // CUDA's, which the host's (detail/simd.hpp) would hide where a unit includes both.
 using ::max;
@@ -92,5 +92,5 @@ template <class... P>
   return error == cudaSuccess ? Status{} : native(error);
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

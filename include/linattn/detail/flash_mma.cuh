@@ -17,7 +17,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // Width: channels, of which the last may be padding. With 32 queries a warp, each fragment of K and V that is read from
 // shared memory serves two products; sums of 128 channels leave registers for 16 only.
@@ -249,5 +249,5 @@ static __global__ void __launch_bounds__(FlashTile<Width>::threads, FlashTile<Wi
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

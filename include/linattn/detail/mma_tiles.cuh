@@ -12,7 +12,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 inline constexpr int ttt_mma_tile = 64;  // tokens that pass through the products together
 
@@ -151,5 +151,5 @@ struct Approximate {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

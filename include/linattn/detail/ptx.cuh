@@ -14,7 +14,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // ---- shared memory ----
 
@@ -174,5 +174,5 @@ template <class T>
   return y;
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -17,7 +17,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 inline constexpr int softmax_plain_tokens = 64;  // queries, and keys, of a tile
 inline constexpr int softmax_plain_threads = 256;
@@ -191,5 +191,5 @@ static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -10,7 +10,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T>
 struct SoftmaxProblem {
@@ -34,5 +34,5 @@ struct SoftmaxProblem {
   return maximum == -INFINITY ? 0.0f : maximum;
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -2,7 +2,8 @@
 // be compiled for different machines; what they compile from the same header must then have different names, or
 // the linker keeps one of the two for both. So functions, and types that are not shared between units, lie in an
 // inline namespace of this name. It tells apart what changes a type, a width or the arithmetic of the kernels:
-// instruction sets, Eigen's switches, relaxed arithmetic, the compiler. Units that differ in anything else (-mbmi2,
+// instruction sets, Eigen's switches, relaxed arithmetic, the compiler, and for nvcc the architectures, as a function
+// that launches holds the address of its own unit's kernel. Units that differ in anything else (-mbmi2,
 // -ffp-contract=off) need names of their own: -DLINATTN_TARGET=name.
 #pragma once
 
@@ -25,7 +26,9 @@
 #elif defined(__SSE2__)
 #define LINATTN_TARGET_SET sse2
 #elif defined(__ARM_FEATURE_SVE)
-#define LINATTN_TARGET_SET sve
+#define LINATTN_TARGET_WIDTH(bits) sve##bits
+#define LINATTN_TARGET_SIZED(bits) LINATTN_TARGET_WIDTH(bits)
+#define LINATTN_TARGET_SET LINATTN_TARGET_SIZED(__ARM_FEATURE_SVE_BITS)
 #elif defined(__ARM_NEON)
 #define LINATTN_TARGET_SET neon
 #elif defined(__VSX__)
@@ -49,13 +52,20 @@
 #else
 #define LINATTN_TARGET_VL
 #endif
+#if defined(__AVX512VBMI__)
+#define LINATTN_TARGET_VBMI _vbmi
+#else
+#define LINATTN_TARGET_VBMI
+#endif
 #if defined(__AVX512BF16__) || defined(__AVX512FP16__)  // Eigen converts by them
 #define LINATTN_TARGET_16 _16
 #else
 #define LINATTN_TARGET_16
 #endif
-#if defined(__FMA__) || defined(__FMA4__)
+#if defined(__FMA__)
 #define LINATTN_TARGET_FMA _fma
+#elif defined(__FMA4__)
+#define LINATTN_TARGET_FMA _fma4
 #else
 #define LINATTN_TARGET_FMA
 #endif
@@ -83,11 +93,21 @@
 #define LINATTN_TARGET_COMPILER
 #endif
 
-#define LINATTN_TARGET_JOIN(a, b, c, d, e, f, g, h, i, j) a##b##c##d##e##f##g##h##i##j
+// The list is "800,900" to the host's compiler and to the device's alike.
+#if defined(__CUDA_ARCH_LIST__)
+#define LINATTN_TARGET_SM(a, b, c, d, e, f, g, h, i, j, k, l, ...) _sm##a##b##c##d##e##f##g##h##i##j##k##l
+#define LINATTN_TARGET_LIST(...) LINATTN_TARGET_SM(__VA_ARGS__)
+#define LINATTN_TARGET_CUDA LINATTN_TARGET_LIST(__CUDA_ARCH_LIST__, , , , , , , , , , , , )
+#else
+#define LINATTN_TARGET_CUDA
+#endif
+
+#define LINATTN_TARGET_JOIN(a, b, c, d, e, f, g, h, i, j, k, l) a##b##c##d##e##f##g##h##i##j##k##l
 #define LINATTN_TARGET_NAME(...) LINATTN_TARGET_JOIN(__VA_ARGS__)
-#define LINATTN_TARGET                                                                                    \
-  LINATTN_TARGET_NAME(LINATTN_TARGET_SET, LINATTN_TARGET_DQ, LINATTN_TARGET_BW, LINATTN_TARGET_VL,        \
-                      LINATTN_TARGET_16, LINATTN_TARGET_FMA, LINATTN_TARGET_F16C, LINATTN_TARGET_PACKETS, \
-                      LINATTN_TARGET_MATH, LINATTN_TARGET_COMPILER)
+#define LINATTN_TARGET                                                                                 \
+  LINATTN_TARGET_NAME(LINATTN_TARGET_SET, LINATTN_TARGET_DQ, LINATTN_TARGET_BW, LINATTN_TARGET_VL,     \
+                      LINATTN_TARGET_VBMI, LINATTN_TARGET_16, LINATTN_TARGET_FMA, LINATTN_TARGET_F16C, \
+                      LINATTN_TARGET_PACKETS, LINATTN_TARGET_MATH, LINATTN_TARGET_COMPILER,            \
+                      LINATTN_TARGET_CUDA)
 
 #endif

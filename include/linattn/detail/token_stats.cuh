@@ -21,7 +21,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // Of some tokens of a channel: mean = shift + delta, |delta| <= half an ulp of shift; squares = sum (x - mean)^2.
 struct Moments {
@@ -214,5 +214,5 @@ template <class T>
                 Grid{.x = x.extent(0) * x.extent(2) * x.extent(3)}, warp_size, sizeof(JoinChunksShared), p);
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

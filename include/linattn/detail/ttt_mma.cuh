@@ -25,7 +25,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // One chained matrix at most; a loss whose error is minus the target, or one of the prediction.
 template <class Model, class Loss>
@@ -145,5 +145,5 @@ template <class Model, class T, class W>
                                   : run(std::integral_constant<int, 64>{});
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

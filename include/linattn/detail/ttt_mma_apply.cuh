@@ -16,7 +16,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T, class W>
 struct TttApplyParameters {
@@ -126,5 +126,5 @@ static __global__ void __launch_bounds__(128, Model::chained == 0 ? 2 : 3)
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -17,7 +17,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // k or q of all heads, and what the prologue does to them.
 template <class T, class W>
@@ -228,5 +228,5 @@ class TttLoader {
   int oldest_row_ = 0;             // and its row
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

@@ -28,7 +28,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T, class W>
 struct TttUpdateParameters {
@@ -342,5 +342,5 @@ static __global__ void __launch_bounds__(2 * Width, 2) ttt_mma_update_kernel(Ttt
   learner.write(p.partials + blockIdx.x * (Index{matrices<Model>} * d * d), d);
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

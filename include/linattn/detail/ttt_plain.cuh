@@ -25,7 +25,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 inline constexpr int ttt_plain_warps = 4;
 inline constexpr int ttt_plain_threads = ttt_plain_warps * warp_size;
@@ -563,5 +563,5 @@ template <class Model, class T, class W>
                 shape.is_shared(ttt_plain_apply_tiles) ? shape.bytes(ttt_plain_apply_tiles) : 0, p);
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
 LINATTN_END

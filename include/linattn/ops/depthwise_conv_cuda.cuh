@@ -21,7 +21,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // Rows of a band: the two beside it cost an eighth more reads, most of them from the L2 cache.
 inline constexpr int conv_band = 16;
@@ -126,7 +126,9 @@ static __global__ void __launch_bounds__(tile_threads, 4) pass_through_kernel(Pa
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // y = x + conv3x3(x; weight) + bias on the tokens of the grid, y = x elsewhere. See depthwise_conv.hpp.
 template <Storage T, class W, class B>
@@ -178,4 +180,5 @@ template <Storage T, class W, class B>
   });
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -17,7 +17,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 template <class T>
 struct InstanceNormParams {
@@ -60,7 +60,9 @@ static __global__ void __launch_bounds__(tile_threads, 4) instance_norm_kernel(I
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch: 3 to 99 numbers a channel and sample.
 template <Storage T>
@@ -103,4 +105,5 @@ template <Storage T>
   });
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

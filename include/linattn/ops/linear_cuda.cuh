@@ -23,7 +23,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // A block has a tile of 64 rows by 64 outputs, 32 inputs at a time; a thread 4 x 4 of the tile, 16 apart.
 inline constexpr int linear_tile = 64, linear_depth = 32, linear_threads = 256, linear_own = 4;
@@ -185,7 +185,9 @@ template <class X, class W, class B, class T, int R>
   return plain_linear<X, Weight, Bias, T>(ctx, cublas_lt_batch(x), weight, offset, cublas_lt_batch(out));
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of workspace that the same call of `linear` needs: 32 MiB for cuBLASLt, 0 for what goes without it.
 template <Storage T, int R, class W, class B>
@@ -212,4 +214,5 @@ template <Storage T, int R, detail::OtherStorage<T> X, class W, class B>
   return detail::run_linear(ctx, TensorView<const std::remove_const_t<X>, R>(x), weight, bias, out);
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -21,7 +21,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 inline constexpr int rms_norm_threads = 128;
 inline constexpr int rms_norm_turns = 4;  // rows of a group of lanes, whose loads hide behind each other
@@ -103,7 +103,9 @@ static __global__ void __launch_bounds__(rms_norm_threads, 8) rms_norm_kernel(Rm
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // y = weight * x / sqrt(mean x^2 + eps) over the channels. See rms_norm.hpp.
 template <Storage T, class W>
@@ -136,4 +138,5 @@ template <Storage T, class W>
   });
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

@@ -19,7 +19,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // Whether the tensor cores can do it: 16 bits, channels by 8, rows at multiples of 16 bytes.
 template <class T>
@@ -73,7 +73,9 @@ template <int Width, class T>
       softmax_plain_threads, sizeof(SoftmaxPlainShared<Width>), p);
 }
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // None is needed.
 template <Storage T>
@@ -110,4 +112,5 @@ template <Storage T>
                             : detail::run_softmax_plain<512>(ctx, groups, p);
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END

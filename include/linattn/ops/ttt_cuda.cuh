@@ -27,7 +27,7 @@
 #include <linattn/version.hpp>
 
 LINATTN_BEGIN
-namespace detail {
+namespace detail::inline LINATTN_TARGET {
 
 // ---- the step ----
 
@@ -240,7 +240,9 @@ struct TttCudaScratch {
   }
 };
 
-}  // namespace detail
+}  // namespace detail::inline LINATTN_TARGET
+
+inline namespace LINATTN_TARGET {
 
 // Bytes of scratch: the statistics of the keys, the weights in float and the partial gradients, of which there are
 // at most 1024, or one a batch entry and head.
@@ -337,4 +339,5 @@ template <InnerModel Model = SwiGlu, Storage T, Storage W = T>
   return detail::ttt_answer<Model, T, W>(ctx, q, fast_weights, out, scratch, options);
 }
 
+}  // namespace LINATTN_TARGET
 LINATTN_END
