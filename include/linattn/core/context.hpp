@@ -34,9 +34,8 @@ class Carver {
 
   LINATTN_INLINE explicit Carver(Workspace workspace) : base_(workspace.data), size_(workspace.size) {
     // The caller's memory may start anywhere; counting assumes the worst.
-    used_ = base_ == nullptr
-                ? alignment - 1
-                : static_cast<std::size_t>(-reinterpret_cast<std::uintptr_t>(base_) & (alignment - 1));
+    used_ = base_ == nullptr ? alignment - 1
+                             : (alignment - reinterpret_cast<std::uintptr_t>(base_) % alignment) % alignment;
   }
 
   // `count` elements of T, or null when counting or when the memory is too short.
@@ -44,8 +43,9 @@ class Carver {
   [[nodiscard]] LINATTN_INLINE T* take(Index count) {
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
     const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-    T* const result =
-        base_ != nullptr && used_ + rounded <= size_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    T* const result = base_ != nullptr && used_ + rounded <= size_
+                          ? static_cast<T*>(static_cast<void*>(base_ + used_))
+                          : nullptr;
     used_ += rounded;
     return result;
   }

@@ -30,18 +30,18 @@ struct TensorView {
   using value_type = std::remove_const_t<T>;
   static constexpr int rank = Rank;
 
-  T* data = nullptr;
-  std::array<Index, Rank> extents{};
-  std::array<Index, Rank> strides{};
+  using Axes = std::array<Index, std::size_t{Rank}>;
 
-  constexpr TensorView() = default;
-  LINATTN_INLINE constexpr TensorView(T* pointer, std::array<Index, Rank> shape,
-                                      std::array<Index, Rank> steps)
+  T* data = nullptr;
+  Axes extents{};
+  Axes strides{};
+
+  LINATTN_INLINE constexpr TensorView() {}  // NOLINT: a defaulted one would not be always inlined
+  LINATTN_INLINE constexpr TensorView(T* pointer, Axes shape, Axes steps)
       : data(pointer), extents(shape), strides(steps) {}
 
   // Row-major and dense.
-  LINATTN_INLINE constexpr TensorView(T* pointer, std::array<Index, Rank> shape)
-      : data(pointer), extents(shape) {
+  LINATTN_INLINE constexpr TensorView(T* pointer, Axes shape) : data(pointer), extents(shape) {
     Index step = 1;
     for (std::size_t axis = Rank; axis-- > 0;) {
       strides[axis] = step;
@@ -61,6 +61,11 @@ struct TensorView {
   [[nodiscard]] LINATTN_INLINE constexpr Index stride(int axis) const {
     return strides[static_cast<std::size_t>(axis)];
   }
+  // From one place of the axis to the next; 0 where there is no next, whatever the stride. What walks along an axis
+  // takes this, and forms no address outside the memory.
+  [[nodiscard]] LINATTN_INLINE constexpr Index step(int axis) const {
+    return extent(axis) > 1 ? stride(axis) : 0;
+  }
 
   [[nodiscard]] LINATTN_INLINE constexpr Index elements() const {
     Index n = 1;
@@ -74,7 +79,7 @@ struct TensorView {
     static_assert(sizeof...(I) <= Rank, "more indices than axes");
     Index offset = 0;
     int axis = 0;
-    ((offset += static_cast<Index>(indices) * stride(axis++)), ...);
+    ((offset += static_cast<Index>(indices) * step(axis++)), ...);
     return data + offset;
   }
   template <class... I>
@@ -110,7 +115,7 @@ template <int... Axes, class T, int Rank>
 template <int Axis, class T, int Rank>
 [[nodiscard]] constexpr TensorView<T, Rank> slice(TensorView<T, Rank> v, Index begin, Index count) {
   static_assert(Axis >= 0 && Axis < Rank, "no such axis");
-  if (v.data != nullptr) v.data += begin * v.stride(Axis);
+  if (v.data != nullptr) v.data += begin * v.step(Axis);
   v.extents[static_cast<std::size_t>(Axis)] = count;
   return v;
 }
@@ -119,7 +124,7 @@ template <int Axis, class T, int Rank>
 template <class T, int Rank>
 [[nodiscard]] constexpr TensorView<T, Rank - 1> at(const TensorView<T, Rank>& v, Index index) {
   TensorView<T, Rank - 1> out;
-  out.data = v.data == nullptr ? nullptr : v.data + index * v.stride(0);
+  out.data = v.data == nullptr ? nullptr : v.data + index * v.step(0);
   for (int axis = 1; axis < Rank; ++axis) {
     out.extents[static_cast<std::size_t>(axis - 1)] = v.extent(axis);
     out.strides[static_cast<std::size_t>(axis - 1)] = v.stride(axis);

@@ -7,6 +7,8 @@
 // step. What becomes of the sums is the caller's: an epilogue receives them in registers.
 #pragma once
 
+#include <cstddef>
+
 #include <linattn/core/status.hpp>
 #include <linattn/detail/simd.hpp>
 #include <linattn/version.hpp>
@@ -34,14 +36,14 @@ template <class C>
 }
 
 // Rows x one panel, the sums in registers.
-template <int Rows, class C>
+template <std::size_t Rows, class C>
 LINATTN_INLINE void multiply_tile(const C* a, Index row_stride, Index depth_stride, const C* panel,
-                                  Index depth, Pack<C> (&sums)[Rows][Tile<C>::packs]) {
+                                  Index depth, Pack<C> (&sums)[Rows][2]) {
   using P = Pack<C>;
-  unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA { sums[r][0] = sums[r][1] = P::zero(); });
+  unroll<int{Rows}>([&](auto r) LINATTN_INLINE_LAMBDA { sums[r][0] = sums[r][1] = P::zero(); });
   for (Index k = 0; k < depth; ++k) {
     const P b0 = P::load(panel), b1 = P::load(panel + P::size);
-    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+    unroll<int{Rows}>([&](auto r) LINATTN_INLINE_LAMBDA {
       const P x(a[r * row_stride]);
       sums[r][0] = fma(x, b0, sums[r][0]);
       sums[r][1] = fma(x, b1, sums[r][1]);
@@ -56,7 +58,7 @@ template <int Rows, class C, class Epilogue>
 LINATTN_INLINE Index multiply_tiles(const C* a, Index row_stride, Index depth_stride, Index row, Index rows,
                                     const C* panel, Index depth, const Epilogue& epilogue) {
   for (; rows - row >= Rows; row += Rows) {
-    Pack<C> sums[Rows][Tile<C>::packs];
+    Pack<C> sums[std::size_t{Rows}][2];
     multiply_tile(a + row * row_stride, row_stride, depth_stride, panel, depth, sums);
     epilogue(row, sums);
   }
@@ -80,9 +82,9 @@ template <class C>
 struct StoreTile {
   C* c;
   Index stride;
-  template <int Rows>
-  LINATTN_INLINE void operator()(Index row, Pack<C> (&sums)[Rows][Tile<C>::packs]) const {
-    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+  template <std::size_t Rows>
+  LINATTN_INLINE void operator()(Index row, Pack<C> (&sums)[Rows][2]) const {
+    unroll<int{Rows}>([&](auto r) LINATTN_INLINE_LAMBDA {
       C* const at = c + (row + r) * stride;
       sums[r][0].store(at);
       sums[r][1].store(at + Pack<C>::size);
@@ -94,9 +96,9 @@ template <class C>
 struct AddTile {
   C* c;
   Index stride;
-  template <int Rows>
-  LINATTN_INLINE void operator()(Index row, Pack<C> (&sums)[Rows][Tile<C>::packs]) const {
-    unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+  template <std::size_t Rows>
+  LINATTN_INLINE void operator()(Index row, Pack<C> (&sums)[Rows][2]) const {
+    unroll<int{Rows}>([&](auto r) LINATTN_INLINE_LAMBDA {
       C* const at = c + (row + r) * stride;
       (Pack<C>::load(at) + sums[r][0]).store(at);
       (Pack<C>::load(at + Pack<C>::size) + sums[r][1]).store(at + Pack<C>::size);

@@ -1,6 +1,7 @@
 // A SIMD pack of floats or doubles: Eigen's packets behind the few operations that the kernels use.
 // Eigen names its packets internal; this header is the only one that does, and tests/detail pins what it
-// relies on.
+// relies on. Packets are all that the library takes of Eigen: what Eigen runs on threads, its products, is not among
+// them.
 #pragma once
 
 #include <cmath>
@@ -24,15 +25,7 @@
 #include <immintrin.h>
 #endif
 
-#ifndef EIGEN_DONT_PARALLELIZE
-#define EIGEN_DONT_PARALLELIZE
-#define LINATTN_UNDEF_EIGEN_DONT_PARALLELIZE
-#endif
 #include <Eigen/Core>
-#ifdef LINATTN_UNDEF_EIGEN_DONT_PARALLELIZE
-#undef EIGEN_DONT_PARALLELIZE
-#undef LINATTN_UNDEF_EIGEN_DONT_PARALLELIZE
-#endif
 
 #include <linattn/core/dtype.hpp>
 #include <linattn/core/status.hpp>

@@ -133,7 +133,7 @@ void token_stats(const P& parallel, TensorView<const T, 4> x, double eps, bool d
   parallel.run(batch * chunks * heads, [&](Index task, Index) {
     const Index h = task % heads, k = task / heads % chunks, b = task / heads / chunks;
     C* const partial = stats.partial + (b * chunks + k) * 3 * channels + h * head_dim;
-    chunk_stats<C>(x.pointer(b, k * chunk, h), x.stride(1), std::min(chunk, tokens - k * chunk), head_dim,
+    chunk_stats<C>(x.pointer(b, k * chunk, h), x.step(1), std::min(chunk, tokens - k * chunk), head_dim,
                    partial, partial + channels, partial + 2 * channels);
   });
   const Index blocks = (channels + stats_block - 1) / stats_block;

@@ -99,7 +99,7 @@ void pack_matrix(const TttShape<C>& shape, const TensorView<const W, 2>& w, C* p
   for (Index c = 0; c < shape.width; c += Pack<C>::size) {
     C* const to = panels + c / Tile<C>::columns * shape.panel() + c % Tile<C>::columns;
     if (c < d) {
-      pack_rows<C>(w.pointer(0, c), w.stride(0), d, d - c, to);
+      pack_rows<C>(w.pointer(0, c), w.step(0), d, d - c, to);
     } else {
       for (Index r = 0; r < d; ++r) Pack<C>::zero().store(to + r * Tile<C>::columns);
     }
@@ -112,7 +112,7 @@ void pack_matrix_transposed(const TttShape<C>& shape, const TensorView<const W, 
   const Index d = shape.head_dim;
   for (Index c = 0; c < shape.width; c += Pack<C>::size) {
     C* const to = panels + c / Tile<C>::columns * shape.panel() + c % Tile<C>::columns;
-    pack_transposed<C>(w.data + c * w.stride(0), w.stride(0), d, d - c, to);
+    pack_transposed<C>(w.pointer(c), w.step(0), d, d - c, to);
   }
 }
 
@@ -123,8 +123,8 @@ void pack_pair(const TttShape<C>& shape, const TensorView<const W, 2>& w1, const
   const Index d = shape.head_dim;
   for (Index c = 0; c < d; c += Pack<C>::size) {
     C* const to = panels + c / Pack<C>::size * shape.panel();
-    pack_rows<C>(w1.pointer(0, c), w1.stride(0), d, d - c, to);
-    pack_rows<C>(w2.pointer(0, c), w2.stride(0), d, d - c, to + Pack<C>::size);
+    pack_rows<C>(w1.pointer(0, c), w1.step(0), d, d - c, to);
+    pack_rows<C>(w2.pointer(0, c), w2.step(0), d, d - c, to + Pack<C>::size);
   }
 }
 
@@ -348,7 +348,7 @@ LINATTN_INLINE void multiply_rows_by_panel(const C* a, Index row_stride, Index d
   constexpr int R = Tile<C>::rows;
   multiply_tiles<R>(
       a, row_stride, depth_stride, 0, padded_rows<C>(rows), panel, depth,
-      [&](Index row, Pack<C>(&sums)[R][2]) LINATTN_INLINE_LAMBDA {
+      [&](Index row, auto& sums) LINATTN_INLINE_LAMBDA {
         unroll<R>([&](auto r) LINATTN_INLINE_LAMBDA { epilogue(row + r, sums[r][0], sums[r][1]); });
         prefetch.advance();
       });

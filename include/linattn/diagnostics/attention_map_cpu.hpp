@@ -220,7 +220,7 @@ struct TttMapper {
         s(memory.scratch(worker)),
         keys{memory.k.pointer(b, 0, h),
              {memory.k.extent(1), memory.k.extent(3)},
-             {memory.k.stride(1), Index{1}}} {
+             {memory.k.step(1), Index{1}}} {
     const Index d = keys.extent(1);
     for (int m = 0; m < count; ++m) {
       const auto i = static_cast<std::size_t>(m);

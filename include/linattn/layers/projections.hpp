@@ -180,8 +180,8 @@ struct AttentionLayer {
 
   template <class Context, class Core>
   [[nodiscard]] std::size_t workspace(const Context& ctx, const Core& core) const {
-    return projects() ? workspace_as<typename Context::template Between<T>>(ctx, core)
-                      : workspace_as<T>(ctx, core);
+    if (!projects()) return workspace_as<T>(ctx, core);
+    return workspace_as<typename Context::template Between<T>>(ctx, core);
   }
 
   template <class Context, class Core>
@@ -191,7 +191,8 @@ struct AttentionLayer {
     if (ctx.workspace.data == nullptr || ctx.workspace.size < needed)
       return fail(Code::workspace, what, static_cast<Index>(needed),
                   ctx.workspace.data == nullptr ? 0 : static_cast<Index>(ctx.workspace.size));
-    return projects() ? run_as<typename Context::template Between<T>>(ctx, core) : run_as<T>(ctx, core);
+    if (!projects()) return run_as<T>(ctx, core);
+    return run_as<typename Context::template Between<T>>(ctx, core);
   }
 
  private:

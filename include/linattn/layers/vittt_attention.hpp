@@ -97,7 +97,8 @@ struct VitttLayer {
 
   template <class Context>
   [[nodiscard]] std::size_t workspace(const Context& ctx) const {
-    return projects() ? workspace_as<typename Context::template Between<T>>(ctx) : workspace_as<T>(ctx);
+    if (!projects()) return workspace_as<T>(ctx);
+    return workspace_as<typename Context::template Between<T>>(ctx);
   }
 
   template <class Context>
@@ -107,7 +108,8 @@ struct VitttLayer {
     if (ctx.workspace.data == nullptr || ctx.workspace.size < needed)
       return fail(Code::workspace, "vittt_attention_layer, workspace", static_cast<Index>(needed),
                   ctx.workspace.data == nullptr ? 0 : static_cast<Index>(ctx.workspace.size));
-    return projects() ? run_as<typename Context::template Between<T>>(ctx) : run_as<T>(ctx);
+    if (!projects()) return run_as<T>(ctx);
+    return run_as<typename Context::template Between<T>>(ctx);
   }
 
  private:

@@ -101,8 +101,8 @@ void conv_grid(const P& parallel, const TensorView<const T, 4>& x, const TensorV
     C taps[10 * conv_block] = {};
     lay_out(b, h, begin, channels, taps);
     for (Index first = 0; first < grid.width; first += conv_strip)
-      conv_strip_rows(x.pointer(b, grid.offset, h, begin), x.stride(1), out.pointer(b, grid.offset, h, begin),
-                      out.stride(1), grid, first_row, std::min(band, grid.height - first_row), first, taps,
+      conv_strip_rows(x.pointer(b, grid.offset, h, begin), x.step(1), out.pointer(b, grid.offset, h, begin),
+                      out.step(1), grid, first_row, std::min(band, grid.height - first_row), first, taps,
                       channels, residual);
   });
 }

@@ -63,7 +63,7 @@ template <ParallelPolicy P, Storage T>
   ctx.parallel.run(batch * chunks * heads, [&](Index task, Index) {
     const Index h = task % heads, first = task / heads % chunks * chunk, b = task / heads / chunks;
     const Index channel = b * channels + h * head_dim;
-    detail::normalize_rows(from.pointer(b, first, h), from.stride(1), to.pointer(b, first, h), to.stride(1),
+    detail::normalize_rows(from.pointer(b, first, h), from.step(1), to.pointer(b, first, h), to.step(1),
                            std::min(chunk, tokens - first), head_dim, stats.shift + channel,
                            stats.delta + channel, stats.scale + channel);
   });

@@ -88,7 +88,7 @@ template <int Rows, int Columns, bool Ahead, class C, class W>
 LINATTN_INLINE void dot_tile(const C* x, Index x_stride, const W* weight, const W* ahead, Index weight_stride,
                              Index depth, C* sums, Index sums_stride) {
   using P = Pack<C>;
-  P acc[Rows][Columns], w[Columns];
+  P acc[std::size_t{Rows}][std::size_t{Columns}], w[std::size_t{Columns}];
   unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
     unroll<Columns>([&](auto c) LINATTN_INLINE_LAMBDA { acc[r][c] = P::zero(); });
   });
@@ -207,7 +207,7 @@ void linear_task(const TensorView<const X, R>& x, const TensorView<W, 2>& weight
       copy_row(row_pointer(x, first_row + r) + first, depth, scratch.x + r * scratch.x_stride);
     if (plan.few) {
       const W* const block = weight.pointer(first_column, first);
-      const Index stride = weight.stride(0);
+      const Index stride = weight.step(0);
       constexpr int at_once = dot_columns;
       Index c = 0;
       for (; c + at_once <= columns; c += at_once)
@@ -219,7 +219,7 @@ void linear_task(const TensorView<const X, R>& x, const TensorView<W, 2>& weight
                              scratch.sums + c, scratch.sums_stride);
     } else {
       for (Index c = 0; c < columns; c += Tile<C>::columns) {
-        pack_weight(weight.pointer(first_column + c, first), weight.stride(0), depth, columns - c,
+        pack_weight(weight.pointer(first_column + c, first), weight.step(0), depth, columns - c,
                     scratch.panel);
         add_product(scratch.x, scratch.x_stride, rows, scratch.panel, depth, scratch.sums + c,
                     scratch.sums_stride);
@@ -258,6 +258,7 @@ template <ParallelPolicy P, Storage T, int R, class W, class B>
 [[nodiscard]] std::size_t linear_workspace(const Cpu<P>& ctx, const In<T, R>& x,
                                            const TensorView<W, 2>& weight, const TensorView<B, 1>&,
                                            const TensorView<T, R>&) {
+  if (x.empty() || weight.empty()) return 0;
   Carver carver({});
   detail::LinearWork<Compute<T>>(carver, ctx.parallel.workers(), detail::linear_plan(x, weight));
   return carver.used();
@@ -266,6 +267,7 @@ template <ParallelPolicy P, Storage T, int R, detail::OtherStorage<T> X, class W
 [[nodiscard]] std::size_t linear_workspace(const Cpu<P>& ctx, const TensorView<X, R>& x,
                                            const TensorView<W, 2>& weight, const TensorView<B, 1>&,
                                            const TensorView<T, R>&) {
+  if (x.empty() || weight.empty()) return 0;
   Carver carver({});
   const TensorView<const std::remove_const_t<X>, R> rows(x);
   detail::LinearWork<Compute<T>>(carver, ctx.parallel.workers(), detail::linear_plan(rows, weight));

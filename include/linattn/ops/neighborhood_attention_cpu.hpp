@@ -65,7 +65,10 @@ struct NeighborhoodPlan {
       const Window keys = {key_rows(0, shape.height).count, key_columns(0, shape.width).count};
       const double logits = static_cast<double>(parts(grid.height, shape.height) * keys.height) *
                             static_cast<double>(parts(grid.width, shape.width) * keys.width);
-      if (logits < fewest) fewest = logits, tile = shape, reach = keys;
+      if (logits >= fewest) continue;
+      fewest = logits;
+      tile = shape;
+      reach = keys;
     }
     const Index rows = parts(grid.height, tile.height), columns = parts(grid.width, tile.width);
     group = parts(columns, parts(columns, std::max(Index{1}, 32 / tile.width)));
@@ -155,7 +158,7 @@ struct NeighborhoodWork {
 template <class C>
 struct TileWindows {
   static constexpr Index lanes = Pack<C>::size;
-  Index token[lanes], row[lanes], column[lanes];
+  Index token[std::size_t{lanes}], row[std::size_t{lanes}], column[std::size_t{lanes}];
   Index rows, columns;  // of the tile, inside the grid
   Index tile_width;
 
@@ -216,7 +219,7 @@ template <int Keys, class C>
 LINATTN_INLINE void tile_logits(const C* k, Index key_size, Index head_dim, const C* q, Pack<C> row_apart,
                                 const C* column_apart, C* logits, Pack<C>& top) {
   using P = Pack<C>;
-  P sums[Keys];
+  P sums[std::size_t{Keys}];
   unroll<Keys>([&](auto key) LINATTN_INLINE_LAMBDA { sums[key] = P::zero(); });
   for (Index c = 0; c < head_dim; ++c) {
     const P x = P::load(q + c * P::size);
@@ -284,7 +287,7 @@ template <int Packs, class C>
 LINATTN_INLINE void window_channels(const C* v, Index value_size, Index row_size, const C* e,
                                     Index e_row_size, const SeenKeys& keys, C rescale, C* out) {
   using P = Pack<C>;
-  P sums[Packs];
+  P sums[std::size_t{Packs}];
   unroll<Packs>([&](auto p) LINATTN_INLINE_LAMBDA { sums[p] = P::load(out + p * P::size) * P(rescale); });
   Index slot = keys.slot;
   for (Index y = 0; y < keys.rows; ++y, e += e_row_size) {
@@ -370,7 +373,7 @@ struct NeighborhoodWalker {
   void begin(const TileRow& at) const {
     const Index count = plan.tiles(at);
     for (Index t = 0; t < count; ++t)
-      pack_tile_queries(q.pointer(at.b, 0, at.h), q.stride(1), windows(at, t).token, plan.head_dim, scale,
+      pack_tile_queries(q.pointer(at.b, 0, at.h), q.step(1), windows(at, t).token, plan.head_dim, scale,
                         work.q + t * lanes * plan.head_dim);
     std::fill_n(work.out, count * lanes * plan.value_size(), C(0));
     std::fill_n(work.max, count * lanes, std::numeric_limits<C>::lowest());
@@ -381,9 +384,9 @@ struct NeighborhoodWalker {
   void copy(const TileRow& at, Range rows, Range columns) const {
     for (Index y = rows.begin; y < rows.end(); ++y) {
       const Index token = y * plan.grid.width + columns.begin, slot = y % plan.block.height * columns.count;
-      copy_padded(k.pointer(at.b, token, at.h), k.stride(1), columns.count, plan.head_dim, plan.key_size(),
+      copy_padded(k.pointer(at.b, token, at.h), k.step(1), columns.count, plan.head_dim, plan.key_size(),
                   work.k + slot * plan.key_size());
-      copy_padded(v.pointer(at.b, token, at.h), v.stride(1), columns.count, plan.value_dim, plan.value_size(),
+      copy_padded(v.pointer(at.b, token, at.h), v.step(1), columns.count, plan.value_dim, plan.value_size(),
                   work.v + slot * plan.value_size());
     }
   }
@@ -396,7 +399,7 @@ struct NeighborhoodWalker {
     if (own.count == 0) return;
     for (Index x = 0; x < own.count; ++x)
       apart_from<C>(own.begin + x, tile.column, plan.kernel.width).store(work.apart + x * lanes);
-    alignas(64) C rescale[lanes];
+    alignas(64) C rescale[std::size_t{lanes}];
     std::fill_n(rescale, lanes, std::numeric_limits<C>::lowest());
     const Index ring = plan.block.height, first_slot = rows.begin % ring;
     const auto slot = [&](Index y) { return first_slot + y < ring ? first_slot + y : first_slot + y - ring; };
@@ -423,7 +426,7 @@ struct NeighborhoodWalker {
   void finish(const TileRow& at) const {
     for (Index t = 0; t < plan.tiles(at); ++t)
       store_tile(work.out + t * lanes * plan.value_size(), plan.value_size(), work.sum + t * lanes,
-                 windows(at, t), plan.value_dim, out.pointer(at.b, 0, at.h), out.stride(1));
+                 windows(at, t), plan.value_dim, out.pointer(at.b, 0, at.h), out.step(1));
   }
 };
 

@@ -108,8 +108,8 @@ LINATTN_NOINLINE void panel_logits(const C* k, Index head_dim, Index keys, const
   constexpr Index panel = Tile<C>::columns;
   P top[2] = {P(std::numeric_limits<C>::lowest()), P(std::numeric_limits<C>::lowest())};
   multiply_panel(k, head_dim, Index{1}, keys, q, head_dim,
-                 [&]<int Rows>(Index row, P(&sums)[Rows][2]) LINATTN_INLINE_LAMBDA {
-                   unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+                 [&]<std::size_t Rows>(Index row, P(&sums)[Rows][2]) LINATTN_INLINE_LAMBDA {
+                   unroll<int{Rows}>([&](auto r) LINATTN_INLINE_LAMBDA {
                      unroll<2>([&](auto p) LINATTN_INLINE_LAMBDA {
                        C* const at = logits + (row + r) * panel + p * P::size;
                        P s = sums[r][p] * P(scale);
@@ -162,8 +162,8 @@ LINATTN_NOINLINE void panel_values(const C* v, Index value_dim, Index keys, cons
   using P = Pack<C>;
   constexpr Index panel = Tile<C>::columns;
   multiply_panel(v, Index{1}, value_dim, value_dim, e, keys,
-                 [&]<int Rows>(Index row, P(&sums)[Rows][2]) LINATTN_INLINE_LAMBDA {
-                   unroll<Rows>([&](auto r) LINATTN_INLINE_LAMBDA {
+                 [&]<std::size_t Rows>(Index row, P(&sums)[Rows][2]) LINATTN_INLINE_LAMBDA {
+                   unroll<int{Rows}>([&](auto r) LINATTN_INLINE_LAMBDA {
                      unroll<2>([&](auto p) LINATTN_INLINE_LAMBDA {
                        C* const at = out + (row + r) * panel + p * P::size;
                        fma(P::load(at), P::load(rescale + p * P::size), sums[r][p]).store(at);
@@ -268,9 +268,9 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
   const Index panels = padded_columns<C>(queries) / panel;
   for (Index i = 0; i < panels * panel; i += half_panel) {
     if (i + half_panel < queries)
-      prefetch_tokens(q.pointer(b, first_query + i + half_panel, h), q.stride(1),
+      prefetch_tokens(q.pointer(b, first_query + i + half_panel, h), q.step(1),
                       std::min(half_panel, queries - i - half_panel), d);
-    pack_transposed(q.pointer(b, first_query + i, h), q.stride(1), d, queries - i,
+    pack_transposed(q.pointer(b, first_query + i, h), q.step(1), d, queries - i,
                     work.q + i / panel * panel * d + i % panel);
   }
   std::fill(work.out, work.out + panels * panel * dv, C(0));
@@ -283,8 +283,8 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
   };
   for (Index first_key = 0; first_key < visible(queries); first_key += plan.keys) {
     const Index keys = std::min(plan.keys, k.extent(1) - first_key);
-    copy_tokens(k.pointer(b, first_key, h), k.stride(1), keys, d, work.k);
-    copy_tokens(v.pointer(b, first_key, h), v.stride(1), keys, dv, work.v);
+    copy_tokens(k.pointer(b, first_key, h), k.step(1), keys, d, work.k);
+    copy_tokens(v.pointer(b, first_key, h), v.step(1), keys, dv, work.v);
     const bool hides = biased || first_key + keys > visible(1);
     const bool finite = !hides || all_finite(work.v, keys * dv);
     if (!finite)
@@ -297,25 +297,25 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
       const Index first = next_keys * (i / panel) / panels,
                   count = next_keys * (i / panel + 1) / panels - first;
       if (first_key >= visible(i + panel)) continue;
-      prefetch_tokens(k.pointer(b, next_key + first, h), k.stride(1), count, d);
+      prefetch_tokens(k.pointer(b, next_key + first, h), k.step(1), count, d);
       const Index last_visible = first_query + i + diagonal - first_key;  // in this block, to query i
       const bool masked = options.causal && last_visible < keys - 1;
       const C* const query = work.q + i * d;
       const C* const bias = biased ? options.bias.pointer(b, h, first_query + i, first_key) : nullptr;
-      const Index bias_stride = biased ? options.bias.stride(2) : 0;
-      alignas(64) C rescale[panel];
+      const Index bias_stride = biased ? options.bias.step(2) : 0;
+      alignas(64) C rescale[std::size_t{panel}];
       if (biased || masked) {
         pack_bias(bias, bias_stride, queries - i, keys, masked, last_visible, work.logits);
         panel_logits<true>(work.k, d, keys, query, scale, work.logits, rescale);
       } else {
         panel_logits<false>(work.k, d, keys, query, scale, work.logits, rescale);
       }
-      prefetch_tokens(v.pointer(b, next_key + first, h), v.stride(1), count, dv);
+      prefetch_tokens(v.pointer(b, next_key + first, h), v.step(1), count, dv);
       panel_exponentials(work.logits, keys, work.max + i, work.sum + i, rescale);
       panel_values(work.v, dv, keys, work.logits, rescale, work.out + i * dv);
       if (!finite)
         add_not_finite(
-            v.pointer(b, first_key, h), v.stride(1), keys, dv, work.logits, queries - i,
+            v.pointer(b, first_key, h), v.step(1), keys, dv, work.logits, queries - i,
             [&](Index row, Index j) {
               return !(masked && j > last_visible + row) &&
                      !(biased && bias[row * bias_stride + j] == -std::numeric_limits<C>::infinity());
@@ -326,7 +326,7 @@ void softmax_task(const TensorView<const T, 4>& q, const TensorView<const T, 4>&
 
   for (Index i = 0; i < queries; i += half_panel)
     store_rows(work.out + i / panel * panel * dv + i % panel, work.sum + i, queries - i, dv,
-               out.pointer(b, first_query + i, h), out.stride(1));
+               out.pointer(b, first_query + i, h), out.step(1));
   if (!options.lse.empty())
     for (Index i = 0; i < queries; ++i)
       options.lse(b, first_query + i, h) =
@@ -350,6 +350,7 @@ template <ParallelPolicy P, Storage T>
 [[nodiscard]] std::size_t softmax_attention_workspace(const Cpu<P>& ctx, const In<T, 4>& q, const In<T, 4>& k,
                                                       const In<T, 4>& v, const TensorView<T, 4>&,
                                                       const SoftmaxAttentionOptions<Compute<T>>& = {}) {
+  if (q.empty() || k.empty() || v.empty()) return 0;
   Carver carver({});
   detail::SoftmaxWork<Compute<T>>(carver, ctx.parallel.workers(), detail::softmax_plan<T>(q, k, v));
   return carver.used();

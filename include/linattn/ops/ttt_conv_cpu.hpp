@@ -154,8 +154,8 @@ template <ParallelPolicy P, Storage T, class W>
     const auto at = place(task / plan.bands);
     const Index row = task % plan.bands * plan.band;
     detail::conv_gradient_band(
-        k.pointer(at.b, 0, at.h, at.begin), k.stride(1), v.pointer(at.b, 0, at.h, at.begin), v.stride(1),
-        grid, row, std::min(plan.band, grid.height - row), at.channels, work.sums + task * work.sums_size);
+        k.pointer(at.b, 0, at.h, at.begin), k.step(1), v.pointer(at.b, 0, at.h, at.begin), v.step(1), grid,
+        row, std::min(plan.band, grid.height - row), at.channels, work.sums + task * work.sums_size);
   });
   const double rate = -options.scale / static_cast<double>(grid.tokens());
   ctx.parallel.run(blocks, [&](Index block, Index) {

@@ -138,7 +138,7 @@ template <class C, class T, class W>
                                            const TttScratch<C>& scratch) {
   TokenReader<C, T> reader;
   reader.data = x.pointer(b, 0, h);
-  reader.step = x.stride(1);
+  reader.step = x.step(1);
   reader.tokens = x.extent(1);
   reader.head_dim = shape.head_dim;
   reader.width = shape.width;
@@ -317,7 +317,7 @@ struct TttLearner {
 
   void gradient(Index b, Index h, TokenReader<C, T>& keys, Index chunk, const TttScratch<C>& s, C* to) const {
     const Index first = chunk * ttt_chunk;
-    chunk_gradient<Model, Loss>(memory.shape, keys, v.pointer(b, 0, h), v.stride(1), first,
+    chunk_gradient<Model, Loss>(memory.shape, keys, v.pointer(b, 0, h), v.step(1), first,
                                 std::min(first + ttt_chunk, k.extent(1)), s, to);
   }
 
@@ -379,7 +379,7 @@ struct TttAnswerer {
         ttt_reader<C, T, W>(q, b, h, memory.shape, p.q_conv, p.q_conv_bias, p.grid, s);
     for (Index chunk = begin; chunk < end; ++chunk) {
       const Index first = chunk * ttt_chunk;
-      answer_queries<Model>(memory.shape, queries, out.pointer(b, 0, h), out.stride(1), first,
+      answer_queries<Model>(memory.shape, queries, out.pointer(b, 0, h), out.step(1), first,
                             std::min(first + ttt_chunk, q.extent(1)), fast, s);
     }
   }

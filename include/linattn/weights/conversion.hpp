@@ -138,11 +138,17 @@ namespace detail {
 
   bool known = false;
   for (const auto kind : {InnerModelKind::linear, InnerModelKind::mlp, InnerModelKind::swiglu})
-    if (fields["inner_model"] == name(kind)) out.inner_model = kind, known = true;
+    if (fields["inner_model"] == name(kind)) {
+      out.inner_model = kind;
+      known = true;
+    }
   if (!known) return "has inner_model " + printable(fields["inner_model"].dump(-1, ' ', true));
   known = false;
   for (const auto kind : {InnerLossKind::inner_product, InnerLossKind::squared_error})
-    if (fields["inner_loss"] == name(kind)) out.inner_loss = kind, known = true;
+    if (fields["inner_loss"] == name(kind)) {
+      out.inner_loss = kind;
+      known = true;
+    }
   if (!known) return "has inner_loss " + printable(fields["inner_loss"].dump(-1, ' ', true));
 
   if (!fields["inner_lr"].is_number() || !(std::abs(fields["inner_lr"].get<double>()) <= 1e6))

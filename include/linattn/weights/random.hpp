@@ -73,7 +73,7 @@ class TorchGenerator {
     for (std::size_t j = 0; j < block / 2; ++j) {
       const double log = std::log(static_cast<double>(1.0f - values[j]));
       const float radius = std::sqrt(-2.0f * static_cast<float>(log));
-      const double angle = 2.0f * std::numbers::pi_v<float> * values[j + block / 2];
+      const auto angle = static_cast<double>(2.0f * std::numbers::pi_v<float> * values[j + block / 2]);
       values[j] = radius * static_cast<float>(std::cos(angle));
       values[j + block / 2] = radius * static_cast<float>(std::sin(angle));
     }

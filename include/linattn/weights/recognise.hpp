@@ -112,7 +112,10 @@ class ShapeReader {
     if (!info.name.starts_with(blocks)) continue;
     const std::optional<Index> block = detail::block_number(info.name, blocks);
     if (!block) return detail::file_error(file.path(), "has no block number", info.name);
-    if (*block > last) last = *block, highest = &info;
+    if (*block > last) {
+      last = *block;
+      highest = &info;
+    }
     if (*block < static_cast<Index>(there.size())) there[static_cast<std::size_t>(*block)] = true;
     ++tensors;
   }

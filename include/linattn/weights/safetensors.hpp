@@ -116,9 +116,16 @@ bool visit_dtype(Dtype dtype, Visitor&& visit) {
     case Dtype::u8:
     case Dtype::boolean:
       return visit(std::uint8_t{}), true;
-    default:
-      return false;
+    case Dtype::i16:
+    case Dtype::i8:
+    case Dtype::u64:
+    case Dtype::u32:
+    case Dtype::u16:
+    case Dtype::f8_e4m3:
+    case Dtype::f8_e5m2:
+      break;
   }
+  return false;
 }
 
 // What a header says of a tensor. No axis: a scalar, one element.
@@ -250,9 +257,8 @@ inline constexpr std::size_t largest_rank = 64;
   if (length > bytes.size() - sizeof length)
     return error("truncated: a header of " + std::to_string(length) + " bytes in a file of " +
                  std::to_string(bytes.size()));
-  const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + sizeof length,
-                              static_cast<std::size_t>(length));
-  const std::span<const std::byte> data = bytes.subspan(sizeof length + static_cast<std::size_t>(length));
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + sizeof length, length);
+  const std::span<const std::byte> data = bytes.subspan(sizeof length + length);
 
   nlohmann::json header;
   if (const std::string why = parse_json(text, header, {.depth = 3, .array = largest_rank}); !why.empty())
@@ -479,7 +485,7 @@ template <class T, int Rank>
   if (info.shape.size() != Rank && !scalar)
     return refuse(Code::shape, "is " + describe(info) + ", but " + std::to_string(Rank) + " axes are needed");
   if (!aligned<T>(info)) return refuse(Code::stride, "is misaligned in its file and must be copied");
-  std::array<Index, Rank> extents{};
+  typename TensorView<T, Rank>::Axes extents{};
   extents.fill(1);
   std::copy(info.shape.begin(), info.shape.end(), extents.begin());
   out = TensorView<const T, Rank>(reinterpret_cast<const T*>(info.bytes.data()), extents);
