@@ -199,9 +199,9 @@ class Checker:
                     self.strong_names(unit) if result.ok else result.output or "no output")
         if not result.ok:
             return
-        names = re.findall(r"^\w* +[WVu] (.*linattn::.*)", run("nm", "-C", "--defined-only", unit).output, re.M)
+        names = re.findall(r" [WVu] (_ZZ?NK?7linattn\w*)", run("nm", "--defined-only", unit).output)
         self.report(f"nvcc: {len(names)} functions are named after the architecture",
-                    "\n".join(name for name in names if "_sm800::" not in name) if names else "no function seen")
+                    "\n".join(name for name in names if "_sm800" not in name) if names else "no function seen")
 
 
 def main() -> int:
