@@ -117,7 +117,8 @@ int run(const Arguments& a) {
   linattn::FileSet inputs;
   for (const std::filesystem::path& model : a.models) nn::add_model(inputs, model);
   inputs.add(a.picture);
-  nn::Outputs(std::move(inputs)).add_file(a.output);
+  nn::Outputs outputs(std::move(inputs));
+  outputs.add_file(a.output);
   Runtime rt(a.threads);
   const auto [height, width] = a.grid.value_or(Pair{});
   if ((a.models.size() == 2) == a.picture.empty())
@@ -132,13 +133,15 @@ int run(const Arguments& a) {
                                queries, a.size, layers.photo);
   const nlohmann::json facts = report(rt, layers, picture, a.output);
   nn::expect_finite_report(facts);
-  nn::write_png(a.output, picture.image,
-                {{"Title", "Attention maps of " + layers.name},
-                 {"Description",
-                  "rows: heads; columns: for each query softmax, then TTT; white 0, red positive, blue "
-                  "negative, each map on its own scale; the query is framed"},
-                 {"Software", "linattn-attention-map"},
-                 {"Comment", facts["maps"].dump()}});
+  outputs.write(
+      a.output,
+      nn::encode_png(picture.image,
+                     {{"Title", "Attention maps of " + layers.name},
+                      {"Description",
+                       "rows: heads; columns: for each query softmax, then TTT; white 0, red positive, blue "
+                       "negative, each map on its own scale; the query is framed"},
+                      {"Software", "linattn-attention-map"},
+                      {"Comment", facts["maps"].dump()}}));
   if (a.json) {
     nn::print_text(facts.dump(2) + "\n");
     return 0;
@@ -147,7 +150,7 @@ int run(const Arguments& a) {
     std::fprintf(stderr, "head %td, query %td,%td, %-7s %+.3e to %+.3e\n", s.head, s.query / grid.width,
                  s.query % grid.width, s.map.c_str(), static_cast<double>(s.least),
                  static_cast<double>(s.most));
-  nn::print_text(a.output.string() + "\n");
+  outputs.print_text(a.output.string() + "\n");
   return 0;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <iomanip>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -208,7 +209,8 @@ int run(Arguments& a) {
   linattn::FileSet inputs;
   for (const fs::path& model : a.models) nn::add_model(inputs, model);
   nn::add_model(inputs, a.vae);
-  nn::Outputs(std::move(inputs)).add_file(a.output);
+  nn::Outputs outputs(std::move(inputs));
+  outputs.add_file(a.output);
 
   nn::Runtime rt(a.threads);
   const sd35::Checkpoint vae_file = sd35::Checkpoint::open(a.vae, sd35::Component::vae);
@@ -270,18 +272,20 @@ int run(Arguments& a) {
   nlohmann::ordered_json facts = report(a, entries, width, height, rt.workers(), decode_seconds);
   facts["ignored_tensors"] = nn::to_json(ignored);
   nn::expect_finite_report(facts);
-  nn::write_png(a.output, grid.image(),
-                {{"parameters", parameters(a, entries, width, height)}, {"Software", "linattn"}});
+  outputs.write(a.output, nn::encode_png(grid.image(), {{"parameters", parameters(a, entries, width, height)},
+                                                        {"Software", "linattn"}}));
 
   if (a.json) {
     nn::print_text(facts.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
     return 0;
   }
+  std::ostringstream text;
+  text << std::fixed << std::setprecision(1);
   for (const Entry& entry : entries)
-    nn::print("%s: %s, %td of %td attentions linear, %.1f ms a step\n", entry.path.c_str(),
-              entry.label().c_str(), entry.model->converted_modules(), entry.model->modules(),
-              entry.median());
-  nn::print("%s\n", a.output.c_str());
+    text << entry.path.string() << ": " << entry.label() << ", " << entry.model->converted_modules() << " of "
+         << entry.model->modules() << " attentions linear, " << entry.median() << " ms a step\n";
+  outputs.print_text(text.str());
+  outputs.print_text(a.output.string() + "\n");
   return 0;
 }
 

@@ -109,22 +109,28 @@ int run(const Arguments& arguments) {
   const auto planned = make_plan(checkpoint, options, plan);
   if (plan.mismatches.empty()) expect(planned);
   const std::string report = linattn::report_json(plan).dump(2) + "\n";
-  nn::print_text(arguments.json ? report : linattn::report_table(plan));
-  if (!arguments.report.empty()) {
+  if (planned.ok() && !arguments.dry_run) {
     const nn::Unfinished unfinished;
-    expect(linattn::write_file(arguments.report, report));
+    linattn::FileStatus status = check_output(checkpoint, plan, options, arguments.output, arguments.force);
+    if (status.detail == "exists already") status.detail += " (--force replaces it)";
+    expect(status);
   }
+  if (arguments.json)
+    nn::print_text(report);
+  else
+    outputs.print_text(linattn::report_table(plan));
+  if (!arguments.report.empty()) outputs.write(arguments.report, report);
   expect(planned);
   if (arguments.dry_run) return 0;
 
   ProgressBar progress;
   linattn::FileStatus status;
   {
-    const nn::Unfinished unfinished;
+    std::optional<nn::Unfinished> unfinished;
+    if (!nn::is_stream(arguments.output)) unfinished.emplace();
     status = apply(checkpoint, plan, options, arguments.output, arguments.force, std::ref(progress));
     progress.finish();
   }
-  if (status.detail == "exists already") status.detail += " (--force replaces it)";
   expect(status);
   std::fprintf(stderr, "wrote %s in %.1f s\n", arguments.output.c_str(), progress.seconds());
   if (options.init != linattn::Initialisation::file)

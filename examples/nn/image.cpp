@@ -1,10 +1,8 @@
 #include "image.hpp"
 
 #include <png.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <csetjmp>
 #include <cstdio>
 // jpeglib.h needs the types of cstdio.
@@ -15,7 +13,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string_view>
-#include <system_error>
 
 #include <linattn/weights/atomic_file.hpp>
 
@@ -28,8 +25,6 @@ namespace nn {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::string reason(int error) { return std::system_category().message(error); }
 
 // Where libpng writes to. Exceptions do not cross it: libpng leaves by longjmp.
 struct Sink {
@@ -75,20 +70,6 @@ bool encode(Sink& sink, const Image& image, png_text* text, int texts) {
 
 bool is_ascii(std::string_view text) {
   return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 128; });
-}
-
-// A pipe or a device has no name to rename to.
-bool is_special(const fs::path& path) {
-  std::error_code error;
-  const fs::file_status status = fs::status(path, error);
-  return fs::exists(status) && !fs::is_regular_file(status) && !fs::is_directory(status);
-}
-
-void write_directly(const fs::path& path, std::string_view bytes) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "wb"), std::fclose);
-  if (file == nullptr) fail(path, "cannot open: " + reason(errno));
-  if (std::fwrite(bytes.data(), 1, bytes.size(), file.get()) != bytes.size() || std::fflush(file.get()) != 0)
-    fail(path, "cannot write: " + reason(errno));
 }
 
 std::string read_picture(const fs::path& path) {
@@ -338,11 +319,11 @@ Image side_by_side(std::span<const Image> images, Index gap) {
   return result;
 }
 
-void write_png(const fs::path& path, const Image& image, const PngText& text) {
+std::string encode_png(const Image& image, const PngText& text) {
   std::vector<png_text> chunks;
   for (const auto& [keyword, value] : text) {
     if (const std::string why = text_error(value); !why.empty())
-      throw std::runtime_error(path.string() + ": text '" + keyword + "': " + why);
+      throw std::runtime_error("the picture's text '" + keyword + "': " + why);
     png_text chunk{};
     chunk.compression = is_ascii(value) ? PNG_TEXT_COMPRESSION_NONE : PNG_ITXT_COMPRESSION_NONE;
     // libpng takes pointers to mutable text and does not write through them.
@@ -353,11 +334,14 @@ void write_png(const fs::path& path, const Image& image, const PngText& text) {
   }
   Sink sink;
   if (!encode(sink, image, chunks.data(), static_cast<int>(chunks.size())))
-    fail(path, std::string("cannot encode: ") + (sink.error[0] != '\0' ? sink.error : "out of memory"));
+    throw std::runtime_error("the picture cannot be encoded: " +
+                             std::string(sink.error[0] != '\0' ? sink.error : "out of memory"));
+  return std::move(sink.bytes);
+}
 
-  if (is_special(path)) return write_directly(path, sink.bytes);
+void write_png(const fs::path& path, const Image& image, const PngText& text) {
   const Unfinished unfinished;
-  if (const linattn::FileStatus status = linattn::write_file(path, sink.bytes); !status.ok())
+  if (const linattn::FileStatus status = linattn::write_file(path, encode_png(image, text)); !status.ok())
     throw std::runtime_error(message(status));
 }
 

@@ -33,9 +33,10 @@ template <class T>
 /// Keyword and text, both UTF-8; keywords are of 1 to 79 ASCII characters.
 using PngText = std::vector<std::pair<std::string, std::string>>;
 
-/// A PNG that appears under its name whole or not at all; a device such as /dev/stdout is written to
-/// directly. Text goes into tEXt chunks, or iTXt where it is not ASCII. Throws std::runtime_error that names
-/// the file and what the system says, a full disk included.
+/// The content of a PNG file. Text goes into tEXt chunks, or iTXt where it is not ASCII.
+[[nodiscard]] std::string encode_png(const Image& image, const PngText& text = {});
+/// The file itself, whole or not at all. Throws std::runtime_error that names the file and what the system says, a
+/// full disk included.
 void write_png(const std::filesystem::path& path, const Image& image, const PngText& text = {});
 
 /// A PNG or a JPEG as 8-bit RGB, upright: the first bytes tell the format, not the name, and the Exif that a camera writes

@@ -11,7 +11,9 @@
 #include <filesystem>
 #include <limits>
 #include <span>
+#include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -23,6 +25,7 @@
 #include "nn/options.hpp"
 #include "nn/outputs.hpp"
 #include "nn/progress.hpp"
+#include "nn/small_file.hpp"
 #include "nn/standard_output.hpp"
 #include "pipeline.hpp"
 
@@ -147,24 +150,46 @@ void print(const Arguments& a, const std::array<Row, 2>& rows, Index threads) {
         "step of each costs.\n");
 }
 
+// The folder for the pictures. One that was not there goes again, if nothing comes into it.
+class Folder {
+ public:
+  explicit Folder(const fs::path& path) {
+    std::error_code error;
+    for (fs::path part = path; !part.empty() && !fs::exists(part, error); part = part.parent_path())
+      made_.push_back(part);
+    fs::create_directories(path, error);
+    if (error) sd35::fail(path, "cannot be created: " + error.message());
+  }
+  Folder(const Folder&) = delete;
+  Folder& operator=(const Folder&) = delete;
+  ~Folder() {
+    std::error_code ignored;
+    for (const fs::path& part : made_) fs::remove(part, ignored);
+  }
+
+ private:
+  std::vector<fs::path> made_;  // the innermost first
+};
+
 int run(const Arguments& a) {
   linattn::FileSet inputs;
   for (const fs::path* model : {&a.softmax, &a.converted}) nn::add_model(inputs, *model);
   nn::Outputs outputs(std::move(inputs));
   const std::array files{a.out / "softmax.png", a.out / "t5.png", a.out / "side_by_side.png"};
   for (const fs::path& file : files) outputs.claim(file);
-  fs::create_directories(a.out);
+  const Folder folder(a.out);
   for (const fs::path& file : files) outputs.try_file(file);
   sd35::Runtime rt(a.threads);
   std::array<Row, 2> rows;
   rows[0] = {"softmax", draw(rt, a.softmax, a, "softmax"), {}};
   rows[1] = {"t5", draw(rt, a.converted, a, "t5"), {}};
   for (const Row& row : rows)
-    write_png(a.out / (row.name + ".png"), row.picture.image, {{"parameters", row.picture.parameters()}});
-  write_png(
-      a.out / "side_by_side.png",
-      sd35::side_by_side(std::array{rows[0].picture.image, rows[1].picture.image}),
-      {{"parameters", rows[0].picture.parameters()}, {"parameters_right", rows[1].picture.parameters()}});
+    outputs.write(a.out / (row.name + ".png"),
+                  nn::encode_png(row.picture.image, {{"parameters", row.picture.parameters()}}));
+  outputs.write(a.out / "side_by_side.png",
+                nn::encode_png(sd35::side_by_side(std::array{rows[0].picture.image, rows[1].picture.image}),
+                               {{"parameters", rows[0].picture.parameters()},
+                                {"parameters_right", rows[1].picture.parameters()}}));
   measure(rt, a, rows);
   print(a, rows, rt.workers());
   return 0;

@@ -209,6 +209,8 @@ int run(Arguments& a) {
       a.prompt_file.empty() ? std::vector<std::string>{a.picture.prompt} : sd35::read_prompts(a.prompt_file);
   const std::vector<sd35::Subject> subjects = subjects_of(a, prompts);
   const std::size_t count = subjects.size();
+  if (nn::is_stream(a.output) && count > 1)
+    throw std::runtime_error(a.output.string() + ": takes one picture, not " + std::to_string(count));
   nn::Outputs outputs(inputs_of(a));
   for (std::size_t i = 0; i < count; ++i) outputs.add_file(sd35::output_path(a.output, i, count));
 
@@ -240,7 +242,8 @@ int run(Arguments& a) {
     const std::filesystem::path output = sd35::output_path(a.output, index, count);
     const nlohmann::ordered_json facts = report(picture, output, rt.workers());
     sd35::expect_finite_report(facts);
-    write_png(output, picture.image, {{"parameters", picture.parameters()}, {"Software", "linattn"}});
+    outputs.write(output, nn::encode_png(picture.image,
+                                         {{"parameters", picture.parameters()}, {"Software", "linattn"}}));
     if (a.verbose) {
       std::fprintf(stderr, "%s, %td of %td attentions linear, %td threads\n", picture.model.c_str(),
                    picture.converted_modules, picture.modules, rt.workers());
@@ -251,7 +254,7 @@ int run(Arguments& a) {
       nn::print_text(facts.dump(count > 1 ? -1 : 2, ' ', false, nlohmann::json::error_handler_t::replace) +
                      "\n");
     else
-      nn::print_text(output.string() + "\n");
+      outputs.print_text(output.string() + "\n");
   });
   return 0;
 }

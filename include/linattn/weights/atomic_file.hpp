@@ -2,6 +2,9 @@
 #pragma once
 
 #include <fcntl.h>
+#include <poll.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,12 +19,15 @@
 #include <linattn/version.hpp>
 #include <linattn/weights/file_status.hpp>
 #include <linattn/weights/mapped_file.hpp>
+#include <linattn/weights/output_target.hpp>
 
 LINATTN_BEGIN
 
 // Written under a temporary name in the folder of the target, flushed to the disk, then renamed: whoever
 // opens the target sees the old content or all of the new. Without commit(), or after any failure, the
-// temporary is removed and the target is as it was.
+// temporary is removed and the target is as it was. A link stays, its file is replaced; a file that is replaced hands on
+// its mode, and its owner where that is permitted. A device, a pipe or a descriptor (/dev/stdout) is written to
+// as it is.
 class AtomicFile {
  public:
   AtomicFile() = default;
@@ -34,28 +40,35 @@ class AtomicFile {
   }
   ~AtomicFile() { discard(); }
 
-  [[nodiscard]] static FileStatus create(const std::filesystem::path& target, AtomicFile& out) {
+  [[nodiscard]] static FileStatus create(const std::filesystem::path& path, AtomicFile& out) {
     AtomicFile made;
-    made.target_ = target;
-    for (int attempt = 0; made.file_ < 0; ++attempt) {
-      made.temporary_ = target;
-      made.temporary_ += "." + std::to_string(::getpid()) + "-" + std::to_string(attempt) + ".tmp";
-      made.file_ = ::open(made.temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-      if (made.file_ < 0 && (errno != EEXIST || attempt == 99)) {
-        const int error = errno;
-        made.temporary_.clear();
-        return detail::system_error(target, "create", error);
-      }
-    }
-    out = std::move(made);
-    return {};
+    OutputTarget& target = made.target_;
+    target.given = path;
+    if (FileStatus status = find_target(path, target); !status.ok()) return status;
+    if (target.kind == TargetKind::folder || !target.path.has_filename())
+      return detail::file_error(path, "is a folder, a file name is needed", {}, Code::option);
+    FileStatus status;
+    if (target.kind == TargetKind::stream)
+      status = made.open_stream();
+    else
+      status = made.open_temporary();
+    if (status.ok()) out = std::move(made);
+    return status;
   }
 
+  // Whether what is written goes straight to its place, so that nothing is unfinished meanwhile.
+  [[nodiscard]] bool streams() const { return target_.kind == TargetKind::stream; }
+
   [[nodiscard]] FileStatus write(std::span<const std::byte> bytes) {
-    if (file_ < 0) return detail::file_error(target_, "not open for writing", {}, Code::option);
+    if (file_ < 0) return detail::file_error(target_.given, "not open for writing", {}, Code::option);
     while (!bytes.empty()) {
       const ssize_t count = ::write(file_, bytes.data(), std::min(bytes.size(), largest_write));
       if (count < 0 && errno == EINTR) continue;
+      if (count < 0 && errno == EAGAIN) {  // another program made the pipe non-blocking
+        ::pollfd wait{file_, POLLOUT, 0};
+        ::poll(&wait, 1, -1);
+        continue;
+      }
       if (count < 0) return fail("write", errno);
       bytes = bytes.subspan(static_cast<std::size_t>(count));
     }
@@ -81,41 +94,83 @@ class AtomicFile {
   }
 
   [[nodiscard]] FileStatus commit() {
-    if (file_ < 0) return detail::file_error(target_, "not open for writing", {}, Code::option);
-    if (::fsync(file_) != 0) return fail("flush", errno);
-    if (::close(std::exchange(file_, -1)) != 0) return fail("close", errno);
-    if (::rename(temporary_.c_str(), target_.c_str()) != 0) return fail("rename to", errno);
+    if (file_ < 0) return detail::file_error(target_.given, "not open for writing", {}, Code::option);
+    // What is no file of a disk has nothing to flush.
+    if (::fsync(file_) != 0 && !(streams() && (errno == EINVAL || errno == ENOTSUP || errno == EROFS)))
+      return fail("flush", errno);
+    if (streams()) return ::close(std::exchange(file_, -1)) != 0 ? fail("close", errno) : FileStatus{};
+    // The descriptor holds the lock that tells that the temporary is alive; a second one tells the errors of close().
+    const int copy = ::dup(file_);
+    if (copy >= 0 && ::close(copy) != 0) return fail("close", errno);
+    if (::rename(temporary_.c_str(), target_.path.c_str()) != 0) return fail("rename to", errno);
     temporary_.clear();
-    sync_folder(target_.parent_path());
+    ::close(std::exchange(file_, -1));
+    detail::sync_folder(target_.folder());
     return {};
   }
 
   void discard() {
-    if (file_ >= 0) ::close(std::exchange(file_, -1));
     if (!temporary_.empty()) ::unlink(temporary_.c_str());
     temporary_.clear();
+    if (file_ >= 0) ::close(std::exchange(file_, -1));
   }
 
  private:
   static constexpr std::size_t largest_write = std::size_t{1} << 30;  // Linux takes 2 GiB - 4 KiB a call
+  static constexpr int seconds_for_reader = 5;
 
   [[nodiscard]] FileStatus fail(std::string_view action, int error) {
     discard();
-    return detail::system_error(target_, action, error);
+    return detail::system_error(target_.given, action, error);
   }
 
-  // Makes the new name survive a power cut. The content is complete either way, so a folder that cannot be
-  // flushed is no failure.
-  static void sync_folder(std::filesystem::path folder) {
-    if (folder.empty()) folder = ".";
-    const int file = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
-    if (file < 0) return;
-    (void)::fsync(file);
-    ::close(file);
+  [[nodiscard]] FileStatus open_temporary() {
+    const bool replaces = target_.kind == TargetKind::file;
+    if (replaces)
+      if (FileStatus status = detail::expect_replaceable(target_); !status.ok()) return status;
+    const int error = detail::make_temporary(target_.folder(), ".tmp", temporary_, [&](const auto& path) {
+      file_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, replaces ? 0600 : 0666);
+      return file_ >= 0;
+    });
+    if (error != 0) return detail::system_error(target_.given, "create", error);
+    (void)::flock(file_, LOCK_EX | LOCK_NB);
+    if (!replaces) return {};
+    // In this order, as a change of the owner may take bits of the mode.
+    if (::fchown(file_, target_.info.st_uid, target_.info.st_gid) != 0) {
+      [[maybe_unused]] const int group_alone = ::fchown(file_, static_cast<uid_t>(-1), target_.info.st_gid);
+    }
+    (void)::fchmod(file_, target_.info.st_mode & 0777);
+    return {};
+  }
+
+  // A pipe that nobody reads is waited for, but not for ever.
+  [[nodiscard]] FileStatus open_stream() {
+    if (target_.descriptor >= 0) {
+      file_ = ::fcntl(target_.descriptor, F_DUPFD_CLOEXEC, 3);
+      return file_ < 0 ? detail::system_error(target_.given, "write", errno) : FileStatus{};
+    }
+    constexpr int tries_a_second = 50;
+    for (int tries = 0; file_ < 0; ++tries) {
+      file_ = ::open(target_.path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC | O_NOCTTY);
+      if (file_ >= 0) break;
+      if (errno != ENXIO || !S_ISFIFO(target_.info.st_mode))
+        return detail::system_error(target_.given, "write", errno);
+      if (tries == seconds_for_reader * tries_a_second)
+        return detail::file_error(
+            target_.given,
+            "is a pipe that nobody has read for " + std::to_string(seconds_for_reader) + " seconds", {},
+            Code::option);
+      ::poll(nullptr, 0, 1000 / tries_a_second);
+    }
+    (void)::fcntl(file_, F_SETFL, ::fcntl(file_, F_GETFL) & ~O_NONBLOCK);
+    // Some devices say at once that they take nothing, as /dev/full does. A pipe takes no notice of no bytes.
+    if (S_ISCHR(target_.info.st_mode) && ::write(file_, "", 0) < 0) return fail("write", errno);
+    return {};
   }
 
   int file_ = -1;
-  std::filesystem::path target_, temporary_;
+  OutputTarget target_;
+  std::filesystem::path temporary_;
 };
 
 // The whole of a small file.

@@ -1,8 +1,7 @@
 // Weight inheritance: a softmax checkpoint becomes one whose attentions are Test-Time-Training modules.
-// Rules of the family (sd35.hpp, vit.hpp, dit.hpp) -> plan (inherit_plan.hpp) -> report (inherit_report.hpp) -> apply (here).
+// Rules of the family (sd35.hpp, vit.hpp, dit.hpp) -> plan (inherit_plan.hpp) -> report (inherit_report.hpp) -> where to
+// (inherit_target.hpp) -> apply (here).
 #pragma once
-
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +11,6 @@
 #include <filesystem>
 #include <functional>
 #include <map>
-#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -22,10 +20,11 @@
 
 #include <linattn/version.hpp>
 #include <linattn/weights/atomic_file.hpp>
-#include <linattn/weights/file_set.hpp>
+#include <linattn/weights/atomic_folder.hpp>
 #include <linattn/weights/file_status.hpp>
 #include <linattn/weights/inherit_plan.hpp>
 #include <linattn/weights/inherit_report.hpp>
+#include <linattn/weights/inherit_target.hpp>
 #include <linattn/weights/json.hpp>
 #include <linattn/weights/mapped_file.hpp>
 #include <linattn/weights/random.hpp>
@@ -65,52 +64,6 @@ class Mover {
   static constexpr std::size_t piece = 10'000'000;
   std::uint64_t done_ = 0, total_;
   const Progress& progress_;
-};
-
-// A folder that appears whole or not at all.
-class AtomicFolder {
- public:
-  AtomicFolder() = default;
-  AtomicFolder(const AtomicFolder&) = delete;
-  AtomicFolder& operator=(const AtomicFolder&) = delete;
-  ~AtomicFolder() {
-    std::error_code ignored;
-    if (!temporary_.empty()) std::filesystem::remove_all(temporary_, ignored);
-  }
-
-  [[nodiscard]] FileStatus create(const std::filesystem::path& target) {
-    target_ = target;
-    std::filesystem::path temporary = target;
-    temporary += "." + std::to_string(::getpid()) + ".tmp";
-    std::error_code error;
-    if (!std::filesystem::create_directory(temporary, error))
-      return system_error(target, "create", error ? error.value() : EEXIST);
-    temporary_ = temporary;
-    return {};
-  }
-  [[nodiscard]] const std::filesystem::path& path() const { return temporary_; }
-
-  // A target that exists makes way only now, and comes back if the new one cannot take its place.
-  [[nodiscard]] FileStatus commit() {
-    std::error_code error;
-    std::filesystem::path old = temporary_;
-    old += ".old";
-    const bool replaces = std::filesystem::exists(target_, error);
-    if (replaces) std::filesystem::rename(target_, old, error);
-    if (error) return system_error(target_, "replace", error.value());
-    std::filesystem::rename(temporary_, target_, error);
-    if (error) {
-      std::error_code ignored;
-      if (replaces) std::filesystem::rename(old, target_, ignored);
-      return system_error(target_, "create", error.value());
-    }
-    temporary_.clear();
-    if (replaces) std::filesystem::remove_all(old, error);
-    return error ? system_error(old, "remove", error.value()) : FileStatus{};
-  }
-
- private:
-  std::filesystem::path target_, temporary_;
 };
 
 // Whether no element is Inf or NaN; integers are none.
@@ -249,65 +202,6 @@ class AtomicFolder {
   return {};
 }
 
-// What write_folder() makes, below the target.
-[[nodiscard]] inline std::set<std::filesystem::path> written_names(const Checkpoint& checkpoint,
-                                                                   const Plan& plan) {
-  const Safetensors& source = checkpoint.weights;
-  const std::filesystem::path transformer =
-      checkpoint.transformer == checkpoint.root ? "" : checkpoint.transformer.filename();
-  std::set<std::filesystem::path> names(plan.folders.begin(), plan.folders.end());
-  names.insert(plan.files.begin(), plan.files.end());
-  names.insert(transformer / "config.json");
-  for (const MappedFile& shard : source.shards()) names.insert(transformer / shard.path().filename());
-  if (source.sharded()) names.insert(transformer / source.path().filename());
-  return names;
-}
-
-// A folder may be replaced where all that would go with it is what the new one has as well.
-[[nodiscard]] inline FileStatus check_replaced(const std::filesystem::path& target,
-                                               const std::set<std::filesystem::path>& names) {
-  namespace fs = std::filesystem;
-  std::error_code error;
-  fs::recursive_directory_iterator entry(target, error);
-  for (; !error && entry != fs::recursive_directory_iterator(); entry.increment(error)) {
-    const fs::path name = entry->path().lexically_relative(target);
-    const fs::file_status status = entry->symlink_status(error);
-    if (!error && (!names.contains(name) || !(fs::is_regular_file(status) || fs::is_directory(status))))
-      return file_error(
-          target,
-          "holds " + printable(name.string()) + ", which this conversion does not write, and stays as it is",
-          {}, Code::option);
-  }
-  return error ? system_error(target, "list", error.value()) : FileStatus{};
-}
-
-// The target must be of the same kind as the source, must not touch what is read, and must not exist unless it may
-// be overwritten.
-[[nodiscard]] inline FileStatus check_target(const Checkpoint& checkpoint, const Plan& plan,
-                                             const Safetensors* init_file,
-                                             const std::filesystem::path& target, bool overwrite) {
-  namespace fs = std::filesystem;
-  std::error_code error;
-  const auto refuse = [&](const std::string& why) { return file_error(target, why, {}, Code::option); };
-  FileSet inputs;
-  inputs.add(checkpoint.root);
-  for (const fs::path& path : plan.files) inputs.add(checkpoint.root / path);
-  for (const Safetensors* weights : {&checkpoint.weights, init_file})
-    if (weights != nullptr)
-      for (const MappedFile& shard : weights->shards()) inputs.add(shard.path());
-  if (init_file != nullptr) inputs.add(init_file->path());
-  if (const std::string why = inputs.conflict(target); !why.empty()) return refuse(why);
-  if (!fs::exists(fs::symlink_status(target, error))) return {};
-  if (!overwrite) return refuse("exists already");
-  const bool folder = fs::is_directory(target, error);
-  if (folder != checkpoint.folder())
-    return refuse(folder ? "is a folder, but the input is a file" : "is a file, but the input is a folder");
-  if (folder && !fs::exists(target / "transformer" / "config.json", error) &&
-      !fs::exists(target / "config.json", error))
-    return refuse("is a folder that holds no model, and stays as it is");
-  return folder ? check_replaced(target, written_names(checkpoint, plan)) : FileStatus{};
-}
-
 }  // namespace detail
 
 // Writes the converted model: a file for a file, a complete folder for a folder, with the same shards. It
@@ -317,27 +211,15 @@ class AtomicFolder {
 [[nodiscard]] inline FileStatus apply(const Checkpoint& checkpoint, const Plan& plan,
                                       const InheritOptions& options, const std::filesystem::path& target,
                                       bool overwrite = false, const Progress& progress = {}) {
-  namespace fs = std::filesystem;
-  if (!plan.mismatches.empty())
-    return detail::file_error(checkpoint.root, "the plan has mismatches", plan.mismatches[0].tensor,
-                              Code::shape);
-  fs::path destination = target;
-  if (!destination.has_filename()) destination = destination.parent_path();  // "folder/"
-  if (FileStatus status = detail::check_target(checkpoint, plan, options.init_file, destination, overwrite);
+  detail::Destination to;
+  if (FileStatus status = detail::find_destination(checkpoint, plan, options, target, overwrite, to);
       !status.ok())
     return status;
-  std::error_code error;
-  std::uint64_t total = totals(plan).target_bytes;
-  for (const fs::path& path : plan.files) {
-    const auto size = fs::file_size(checkpoint.root / path, error);
-    if (error) return detail::system_error(checkpoint.root / path, "examine", error.value());
-    total += size;
-  }
-  detail::Mover mover(total, progress);
+  detail::Mover mover(to.bytes, progress);
   if (!checkpoint.folder())
-    return detail::write_shard(checkpoint, plan, 0, options.init_file, destination, mover);
-  detail::AtomicFolder folder;
-  if (FileStatus status = folder.create(destination); !status.ok()) return status;
+    return detail::write_shard(checkpoint, plan, 0, options.init_file, to.target.given, mover);
+  AtomicFolder folder;
+  if (FileStatus status = folder.create(to.target); !status.ok()) return status;
   if (FileStatus status = detail::write_folder(checkpoint, plan, options.init_file, folder.path(), mover);
       !status.ok())
     return status;
