@@ -180,17 +180,11 @@ nlohmann::ordered_json measure(const std::vector<Model>& models, Index size, dei
   return {{"size", size}, {"tokens", side * side}, {"results", std::move(results)}};
 }
 
-// A model is a folder, a safetensors file or an index of shards; all else is a picture.
-bool is_model(const fs::path& path) {
-  std::error_code ignored;
-  return fs::is_directory(path, ignored) || path.extension() == ".safetensors" || path.extension() == ".json";
-}
-
 int run(const Arguments& a) {
   std::vector<Model> models;
   std::vector<fs::path> pictures;
   for (const fs::path& path : a.files) {
-    if (is_model(path))
+    if (nn::is_model(path))
       models.push_back(load(path, a));
     else
       pictures.push_back(path);

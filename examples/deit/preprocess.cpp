@@ -92,8 +92,9 @@ Tensor<float> preprocess(const Image& image, Index height, Index width, const Pr
 }
 
 std::vector<std::string> read_labels(const std::filesystem::path& path) {
-  const std::string text =
-      checked_text(read_small_file(path, std::uintmax_t{16} << 20, "a list of labels"), path);
+  const std::string text = checked_text(
+      read_small_file(path, std::size_t{16} << 20, "a list of labels", linattn::SmallFile::or_unnamed_pipe),
+      path);
   const std::size_t first = text.find_first_not_of(" \t\r\n");
   std::vector<std::string> labels;
   if (first != std::string::npos && (text[first] == '{' || text[first] == '[')) {

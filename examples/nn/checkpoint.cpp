@@ -7,12 +7,13 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
-#include <fstream>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
-#include <linattn/weights/json.hpp>
+#include <linattn/weights/small_file.hpp>
 
 #include "runtime.hpp"
 
@@ -39,14 +40,33 @@ std::string describe_shape(const std::vector<Index>& shape) {
 nlohmann::json read_config(const fs::path& folder) {
   const fs::path path = folder / "config.json";
   std::error_code ignored;
-  if (!fs::exists(path, ignored)) return nullptr;
-  std::ifstream file(path, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
   nlohmann::json config;
-  std::string why = linattn::parse_json(text, config);
-  if (why.empty() && !config.is_object()) why = "is not a JSON object";
-  if (!why.empty()) throw std::runtime_error(path.string() + ": " + why);
+  if (!fs::exists(fs::symlink_status(path, ignored))) return config;
+  if (const linattn::FileStatus status = linattn::read_json_file(path, "a configuration", config);
+      !status.ok())
+    throw std::runtime_error(message(status));
   return config;
+}
+
+std::shared_ptr<const Safetensors> open_weights(const fs::path& path) {
+  auto files = std::make_shared<Safetensors>();
+  if (const linattn::FileStatus status = Safetensors::open(path, *files); !status.ok())
+    throw std::runtime_error(message(status));
+  static std::set<std::string> said;
+  if (!files->note().empty() && said.insert(files->note()).second)
+    std::fprintf(stderr, "note: %s\n", files->note().c_str());
+  return files;
+}
+
+bool is_model(const fs::path& path) {
+  std::error_code ignored;
+  if (fs::is_directory(path, ignored)) return true;
+  linattn::MappedFile file;
+  const bool readable = linattn::MappedFile::open(path, file).ok();
+  if (readable && linattn::looks_like_model(file.bytes())) return true;
+  return (!readable || !linattn::looks_like_picture(file.bytes())) &&
+         (path.extension() == ".safetensors" || path.extension() == ".json" ||
+          linattn::ModelFiles::is_foreign(path));
 }
 
 Weight copy(const Weight& weight, bool swap_halves) {
@@ -71,11 +91,8 @@ void release(const Weight& weight) {
 }
 
 Checkpoint Checkpoint::open(const fs::path& path, const std::string& prefix) {
-  auto files = std::make_shared<Safetensors>();
-  if (const linattn::FileStatus status = Safetensors::open(path, *files); !status.ok())
-    throw std::runtime_error(message(status));
   Checkpoint checkpoint;
-  checkpoint.files_ = std::move(files);
+  checkpoint.files_ = open_weights(path);
   checkpoint.prefix_ = prefix;
   std::error_code ignored;
   checkpoint.config_ = read_config(fs::is_directory(path, ignored) ? path : path.parent_path());

@@ -124,6 +124,12 @@ class Checkpoint {
 // The config.json of a folder; null where there is none.
 [[nodiscard]] nlohmann::json read_config(const std::filesystem::path& folder);
 
+// The weights of a file, an index or a folder. What a user should know of their choice is a line on stderr, once.
+[[nodiscard]] std::shared_ptr<const linattn::Safetensors> open_weights(const std::filesystem::path& path);
+
+// Whether a path is a model rather than a picture: a folder, a file with the content of a model, or with its name.
+[[nodiscard]] bool is_model(const std::filesystem::path& path);
+
 // Takes the pages of a mapped weight out of this process until they are touched again; they may stay in the
 // system's cache. For weights that a model reads once in a long while.
 void release(const Weight& weight);

@@ -73,7 +73,7 @@ bool is_ascii(std::string_view text) {
 }
 
 std::string read_picture(const fs::path& path) {
-  return read_small_file(path, std::uintmax_t{256} << 20, "a picture");
+  return read_small_file(path, std::size_t{256} << 20, "a picture");
 }
 
 // Memory for a picture, once its header has told its size.
@@ -275,8 +275,8 @@ Image decode(const fs::path& path, std::string bytes) {
   if (bytes.starts_with("\xff\xd8\xff")) return decode_jpeg(path, bytes);
   if (bytes.empty()) fail(path, "is empty, neither a PNG nor a JPEG");
   const std::string_view other = other_format(bytes);
-  fail(path, other.empty() ? "is neither a PNG nor a JPEG"
-                           : "is " + std::string(other) + ", neither a PNG nor a JPEG: convert it to one");
+  if (other.empty()) fail_by_content(path, bytes, "is neither a PNG nor a JPEG");
+  fail(path, "is " + std::string(other) + ", neither a PNG nor a JPEG: convert it to one");
 }
 
 }  // namespace

@@ -1,12 +1,16 @@
-// A whole file of bounded size as a string: vocabularies and other small files that a user hands us.
+// Small files that a user hands us (vocabularies, prompts, pictures), whose failures are exceptions.
 #pragma once
 
-#include <cstdint>
+#include <cerrno>
+#include <cstddef>
 #include <filesystem>
-#include <fstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
+
+#include <linattn/weights/file_kind.hpp>
+#include <linattn/weights/small_file.hpp>
 
 namespace nn {
 
@@ -15,20 +19,23 @@ namespace nn {
   throw std::runtime_error(file.string() + ": " + what);
 }
 
-// The content of a regular file of at most `limit` bytes; `kind` says in the message what the file is taken for.
-[[nodiscard]] inline std::string read_small_file(const std::filesystem::path& file, std::uintmax_t limit,
-                                                 const std::string& kind) {
-  std::error_code error;
-  const std::filesystem::file_status status = std::filesystem::status(file, error);
-  if (!std::filesystem::exists(status)) fail(file, "no such file");
-  if (!std::filesystem::is_regular_file(status)) fail(file, "is not a regular file");
-  const std::uintmax_t size = std::filesystem::file_size(file, error);
-  if (error) fail(file, "cannot be read: " + error.message());
-  if (size > limit)
-    fail(file, "has " + std::to_string(size) + " bytes; " + kind + " has at most " + std::to_string(limit));
-  std::ifstream stream(file, std::ios::binary);
-  std::string content(static_cast<std::size_t>(size), '\0');
-  if (!stream.read(content.data(), static_cast<std::streamsize>(size))) fail(file, "cannot be read");
+// Throws what the file is instead of what was expected, if its content tells, or else `what`.
+[[noreturn]] inline void fail_by_content(const std::filesystem::path& file, std::string_view content,
+                                         const std::string& what) {
+  const std::string foreign = linattn::foreign_kind(content);
+  fail(file, foreign.empty() ? what : foreign);
+}
+
+// linattn::read_small_file() that throws.
+[[nodiscard]] inline std::string read_small_file(const std::filesystem::path& file, std::size_t limit,
+                                                 const std::string& kind,
+                                                 linattn::SmallFile takes = linattn::SmallFile::regular) {
+  std::string content;
+  const linattn::FileStatus status = linattn::read_small_file(file, limit, kind, content, takes);
+  std::error_code ignored;
+  if (status.status.native == ENOENT && !std::filesystem::is_symlink(file, ignored))
+    fail(file, "no such file");
+  if (!status.ok()) throw std::runtime_error(message(status));
   return content;
 }
 

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include <linattn/weights/recognise.hpp>
+
 namespace sd35 {
 namespace {
 
@@ -160,6 +162,38 @@ std::string diffusers_vae_name(std::string_view name, Index levels) {
   return resnet + std::string(rest);
 }
 
+// What the names of a component begin with, and whether they are diffusers'.
+struct Naming {
+  std::string prefix;
+  bool diffusers = false;
+};
+
+// The first prefix of the component under which a tensor tells it, whatever wrappers are in the prefix.
+std::optional<Naming> find_naming(const Safetensors& files, const ComponentTraits& wanted) {
+  std::optional<Naming> found;
+  std::pair<std::size_t, std::size_t> best;  // prefix and signature
+  for (const TensorInfo& info : files.tensors())
+    for (std::size_t i = 0; i < wanted.signatures.size(); ++i) {
+      const std::size_t at =
+          wanted.signatures[i].empty() ? std::string::npos : info.name.find(wanted.signatures[i]);
+      if (at == std::string::npos) continue;
+      const std::string prefix = info.name.substr(0, at);
+      const auto plain =
+          std::find(wanted.prefixes.begin(), wanted.prefixes.end(), linattn::without_wrappers(prefix));
+      if (plain == wanted.prefixes.end()) continue;
+      const std::pair rank(static_cast<std::size_t>(plain - wanted.prefixes.begin()), i);
+      if (found && rank == best && prefix != found->prefix)
+        throw std::runtime_error(files.path().string() + ": holds two models of a kind (" +
+                                 std::string(wanted.name) + "), below '" +
+                                 linattn::detail::printable(found->prefix) + "' and '" +
+                                 linattn::detail::printable(prefix) + "'");
+      if (found && rank >= best) continue;
+      found = Naming{prefix, i % 2 == 1};
+      best = rank;
+    }
+  return found;
+}
+
 // What a file without a component of SD3.5 is instead, if that can be told.
 std::string guess_family(const Safetensors& files) {
   static constexpr std::array<std::pair<std::string_view, std::string_view>, 8> known{{
@@ -247,29 +281,16 @@ std::optional<Checkpoint> Checkpoint::open_if_present(const fs::path& path, Comp
       return std::nullopt;
   }
 
-  auto files = std::make_shared<Safetensors>();
-  if (const linattn::FileStatus status = Safetensors::open(folder.empty() ? path : folder, *files);
-      !status.ok())
-    throw std::runtime_error(message(status));
-
   Checkpoint checkpoint;
   checkpoint.component_ = component;
-  bool found = false;
-  for (const std::string_view prefix : wanted.prefixes)
-    for (std::size_t i = 0; i < wanted.signatures.size() && !found; ++i)
-      if (const std::string_view signature = wanted.signatures[i];
-          !signature.empty() && files->holds_below(std::string(prefix) + std::string(signature))) {
-        found = true;
-        checkpoint.prefix_ = prefix;
-        checkpoint.diffusers_ = i % 2 == 1;
-      }
-  checkpoint.files_ = std::move(files);
-  if (!found) return std::nullopt;
+  checkpoint.files_ = open_weights(folder.empty() ? path : folder);
+  const std::optional<Naming> naming = find_naming(*checkpoint.files_, wanted);
+  if (!naming) return std::nullopt;
+  checkpoint.prefix_ = naming->prefix;
+  checkpoint.diffusers_ = naming->diffusers;
 
   // A lone file of the standard name lies in the folder of its component, too.
-  const std::string file = path.filename().string();
-  if (folder.empty() &&
-      (file.starts_with("model.safetensors") || file.starts_with("diffusion_pytorch_model.")))
+  if (folder.empty() && linattn::ModelFiles::is_standard(path.filename().string()))
     folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
   if (!folder.empty()) checkpoint.config_ = read_config(folder);
 

@@ -27,7 +27,7 @@ using nlohmann::json;
 using Ids = std::unordered_map<std::string, std::int32_t>;
 using CodePoint = utf8proc_int32_t;
 
-constexpr std::uintmax_t max_file_bytes = 16u << 20;  // the real tokenizer.json has 3.6 MB
+constexpr std::size_t max_file_bytes = 16u << 20;  // the real tokenizer.json has 3.6 MB
 constexpr std::size_t max_text_bytes = 256u << 10;
 constexpr std::size_t max_merges = 49152 - 256 - 2;  // CLIP takes this many, however many the file lists
 constexpr std::int32_t max_vocab = 1 << 20;
@@ -53,7 +53,7 @@ json read_json(const fs::path& file) {
   const std::string content = read_small_file(file, max_file_bytes, "a CLIP vocabulary");
   json parsed;
   const std::string error = linattn::parse_json(content, parsed, {.depth = max_json_depth});
-  if (!error.empty()) fail(file, "is not valid JSON: " + printable(error, 160));
+  if (!error.empty()) fail_by_content(file, content, "is not valid JSON: " + printable(error, 160));
   if (!parsed.is_object()) fail(file, "is not a JSON object");
   return parsed;
 }
@@ -272,7 +272,7 @@ void read_merges_txt(const fs::path& file, const ByteSymbols& bytes, Vocabulary&
     return line;
   };
   if (next_line().find("#version") == std::string_view::npos)
-    fail(file, "the first line is not a '#version' line, so this is not a list of BPE merges");
+    fail_by_content(file, content, "the first line is not a '#version' line, so this is not a list of BPE merges");
   while (!rest.empty() && v.merges.size() < max_merges) {
     const std::string_view line = next_line();
     v.merges.push_back(split_merge(line, v.merges.size(), v));

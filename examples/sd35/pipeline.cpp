@@ -372,9 +372,10 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
 }
 
 std::vector<std::string> read_prompts(const fs::path& path) {
-  constexpr std::uintmax_t limit = 16 << 20;
+  constexpr std::size_t limit = 16 << 20;
   constexpr std::string_view blanks = " \t\r";
-  std::istringstream text(checked_text(read_small_file(path, limit, "a list of prompts"), path));
+  std::istringstream text(checked_text(
+      read_small_file(path, limit, "a list of prompts", linattn::SmallFile::or_unnamed_pipe), path));
   std::vector<std::string> prompts;
   for (std::string line; std::getline(text, line);) {
     const std::size_t first = line.find_first_not_of(blanks);

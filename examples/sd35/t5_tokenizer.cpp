@@ -16,7 +16,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::uintmax_t max_file_bytes = 64u << 20;  // the real spiece.model has 0.8 MB
+constexpr std::size_t max_file_bytes = 64u << 20;  // the real spiece.model has 0.8 MB
 constexpr std::size_t max_text_bytes = 256u << 10;    // SentencePiece joins unknowns in quadratic time: 2 s
 constexpr std::int32_t sentinels = 100;
 
@@ -128,7 +128,7 @@ T5Tokenizer T5Tokenizer::load(const fs::path& folder_or_file) {
   const std::string content = read_small_file(file, max_file_bytes, "a SentencePiece model");
   T5Tokenizer out;
   if (!has_sound_charsmap(content) || !out.model_->LoadFromSerializedProto(content).ok())
-    fail(file, "is not a SentencePiece model, or a damaged one");
+    fail_by_content(file, content, "is not a SentencePiece model, or a damaged one");
   const auto expect = [&](const char* name, int actual, std::int32_t expected) {
     if (actual != expected)
       fail(file, "is not T5's: the id of " + std::string(name) + " is " +

@@ -538,7 +538,7 @@ TEST_CASE("bad CLIP vocabularies are refused by name") {
           std::string::npos);
     CHECK(refusal<ClipTokenizer>(folder.path() / "none") ==
           (folder.path() / "none").string() + ": no such file");
-    CHECK(refusal<ClipTokenizer>("/dev/null") == "/dev/null: is not a regular file");
+    CHECK(refusal<ClipTokenizer>("/dev/null") == "/dev/null: is a device, not a regular file");
   }
 }
 
@@ -549,7 +549,7 @@ TEST_CASE("bad T5 models are refused by name") {
   CHECK(refusal<T5Tokenizer>(folder.path()) == file + ": no such file");
   folder.write("tokenizer.json", "{}");
   CHECK(refusal<T5Tokenizer>(folder.path()).starts_with(file + ": no such file; tokenizer.json alone"));
-  CHECK(refusal<T5Tokenizer>("/dev/null") == "/dev/null: is not a regular file");
+  CHECK(refusal<T5Tokenizer>("/dev/null") == "/dev/null: is a device, not a regular file");
 
   const auto renamed = [&](const std::string& piece, const std::string& name) {
     std::string out = model;

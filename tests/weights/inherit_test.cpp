@@ -470,6 +470,7 @@ TEST_CASE("inherit: a failure leaves everything as it was") {
     CHECK(contains(message(convert(model, folder / "out")), "config.json: syntax error"));
     write_text(model / "transformer/config.json", "[]");
     CHECK(contains(message(convert(model, folder / "out")), "is not an object"));
+    write_text(model / "transformer/config.json", "{}");
     fs::create_directory_symlink(model / "vae", model / "vae2");
     CHECK(contains(message(convert(model, folder / "out")), "link to a folder"));
     CHECK(folder.names() == names);

@@ -56,7 +56,7 @@ std::vector<Bad> bad_files() {
   for (int i = 0; i < 65; ++i) wide += i > 0 ? ",1" : "1";
   return {
       // The frame.
-      {"empty file", "", "shorter than a header"},
+      {"empty file", "", "is empty: it was not written or fetched to the end"},
       {"seven bytes", std::string(7, '\0'), "shorter than a header"},
       {"no header", with_length(0, ""), "empty header"},
       {"header longer than the file", with_length(1000, good), "truncated: a header of 1000 bytes"},
@@ -429,7 +429,7 @@ TEST_CASE("safetensors: shards") {
       {R"({"a":"x\\model-1.safetensors"})", "not the name of a file in the same folder"},
       {R"({"a":".."})", "not the name of a file in the same folder"},
       {R"({"a":""})", "not the name of a file in the same folder"},
-      {R"({"a":"model-1.safetensors\u0000x"})", "not the name of a file in the same folder"},
+      {R"({"a":"model-1.safetensors\u0000x"})", "holds a NUL in a string"},
       {R"({"a":7})", "file name is not a string"},
       {R"({"a":"model-1.safetensors","a":"model-2.safetensors"})", "duplicate key"},
       {R"([])", "no weight_map"}};

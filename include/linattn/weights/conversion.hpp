@@ -27,6 +27,7 @@
 #include <linattn/weights/file_status.hpp>
 #include <linattn/weights/json.hpp>
 #include <linattn/weights/safetensors.hpp>
+#include <linattn/weights/small_file.hpp>
 
 LINATTN_BEGIN
 
@@ -266,13 +267,9 @@ namespace detail {
   std::filesystem::path source = model.path();
   json said;
   if (!config.empty()) {
-    MappedFile file;
-    if (FileStatus status = MappedFile::open(config, file); !status.ok()) return status;
     json document;
-    const std::string_view text(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
-    if (const std::string why = parse_json(text, document); !why.empty())
-      return detail::file_error(config, why);
-    if (document.is_object() && document.contains("linattn")) {
+    if (FileStatus status = read_json_file(config, "a configuration", document); !status.ok()) return status;
+    if (document.contains("linattn")) {
       said = document["linattn"];
       source = config;
     }

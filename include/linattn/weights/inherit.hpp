@@ -29,6 +29,7 @@
 #include <linattn/weights/mapped_file.hpp>
 #include <linattn/weights/random.hpp>
 #include <linattn/weights/safetensors.hpp>
+#include <linattn/weights/small_file.hpp>
 
 LINATTN_BEGIN
 
@@ -174,14 +175,17 @@ class Mover {
       return status;
   }
   nlohmann::ordered_json config;
-  if (FileStatus status = read_config(checkpoint.config(), config); !status.ok()) return status;
+  if (FileStatus status = read_json_file(checkpoint.config(), "a configuration", config); !status.ok())
+    return status;
   config["linattn"] = conversion_json<nlohmann::ordered_json>(plan.conversion, plan.stated_heads());
   if (FileStatus status = write_file(transformer / "config.json", pretty(config)); !status.ok())
     return status;
 
   if (source.sharded()) {
     nlohmann::ordered_json index;
-    if (FileStatus status = read_config(source.path(), index); !status.ok()) return status;
+    if (FileStatus status = read_json_file(source.path(), "an index of shards", index, largest_header);
+        !status.ok())
+      return status;
     std::map<std::string, std::string> sorted;
     for (const PlanItem& item : plan.items)
       if (item.from != Source::drop)

@@ -24,9 +24,12 @@
 #include <linattn/weights/file_status.hpp>
 #include <linattn/weights/json.hpp>
 #include <linattn/weights/mapped_file.hpp>
+#include <linattn/weights/model_files.hpp>
 #include <linattn/weights/random.hpp>
+#include <linattn/weights/recognise.hpp>
 #include <linattn/weights/safetensors.hpp>
 #include <linattn/weights/sd35.hpp>
+#include <linattn/weights/small_file.hpp>
 #include <linattn/weights/vit.hpp>
 
 LINATTN_BEGIN
@@ -56,11 +59,11 @@ struct Checkpoint {
     if (!std::filesystem::is_directory(made.transformer, error)) made.transformer = made.root;
     if (!std::filesystem::exists(made.config(), error))
       return detail::file_error(path, "is no model folder: there is no " + made.config().string());
-  } else if (path.filename().string().ends_with(".index.json")) {
-    return detail::file_error(path, "is an index: name the folder of the model instead", {}, Code::option);
   }
   const auto& weights = made.folder() ? made.transformer : path;
   if (FileStatus status = Safetensors::open(weights, made.weights); !status.ok()) return status;
+  if (!made.folder() && made.weights.sharded())
+    return detail::file_error(path, "is an index: name the folder of the model instead", {}, Code::option);
   out = std::move(made);
   return {};
 }
@@ -114,6 +117,7 @@ struct Plan {
   std::vector<std::filesystem::path> folders;   // of a model folder, relative to it
   std::vector<std::filesystem::path> files;     // copied as they are
   std::vector<std::filesystem::path> left_out;  // other weights of the same transformer
+  std::vector<std::filesystem::path> stale;     // shards and indices of other components that are out of date
 
   // The heads that the target must state, because its softmax attentions would not tell them.
   [[nodiscard]] std::optional<Index> stated_heads() const {
@@ -212,20 +216,12 @@ namespace detail {
 
 namespace detail {
 
-[[nodiscard]] inline FileStatus read_config(const std::filesystem::path& path, nlohmann::ordered_json& out) {
-  MappedFile file;
-  if (FileStatus status = MappedFile::open(path, file); !status.ok()) return status;
-  const std::string_view text(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
-  if (const std::string why = parse_json(text, out); !why.empty()) return file_error(path, why);
-  if (!out.is_object()) return file_error(path, "is not an object");
-  return {};
-}
-
 // The heads that a config.json tells, under the name of DiT's code and timm's, or that of transformers.
 [[nodiscard]] inline FileStatus config_heads(const Checkpoint& checkpoint, std::optional<Index>& out) {
   if (!checkpoint.folder()) return {};
   nlohmann::ordered_json config;
-  if (FileStatus status = read_config(checkpoint.config(), config); !status.ok()) return status;
+  if (FileStatus status = read_json_file(checkpoint.config(), "a configuration", config); !status.ok())
+    return status;
   for (const char* key : {"num_heads", "num_attention_heads"})
     if (const auto found = config.find(key); found != config.end() && !found->is_null()) {
       if (!found->is_number_unsigned() || *found < 1 || *found > 4096)
@@ -338,7 +334,7 @@ using InitModules = std::map<std::string, std::pair<std::string, ModuleConversio
   std::set<std::string_view> replaced;
   for (const AttentionRule& attention : plan.replaced) replaced.insert(attention.stem);
   for (const auto& [stem, module] : conversion) {
-    const auto attention = known.find(stem);
+    const auto attention = known.find(known.contains(stem) ? stem : without_wrappers(stem));
     if (attention == known.end()) return unused(stem + ".w1");
     if (!out.emplace(attention->second->stem, std::pair(stem, module)).second)
       return file_error(file.path(), "the module is there twice, under two names", stem + ".w1",
@@ -470,9 +466,18 @@ inline void initialise(Initialiser initialiser, std::uint64_t seed, std::string_
 [[nodiscard]] inline FileStatus plan_folder(const Checkpoint& checkpoint, Plan& plan) {
   namespace fs = std::filesystem;
   const auto is_weight = [](const fs::path& path) {
-    const fs::path extension = path.extension();
-    return extension == ".safetensors" || extension == ".bin" || extension == ".pt" ||
-           extension == ".msgpack" || path.filename().string().ends_with(".index.json");
+    const std::string file = path.filename().string();
+    return weight_name(file).kind != WeightName::Kind::other || ModelFiles::is_foreign(path) ||
+           file.ends_with(".index.json");
+  };
+  std::set<fs::path> stale;  // in the folders of other components
+  const auto examine = [&](const fs::path& folder) -> FileStatus {
+    ModelFiles files;
+    std::set<std::string> names;
+    if (FileStatus status = ModelFiles::list(folder, files); !status.ok()) return status;
+    if (FileStatus status = files.stale(names); !status.ok()) return status;
+    for (const std::string& file : names) stale.insert(folder / file);
+    return {};
   };
   std::error_code error;
   fs::recursive_directory_iterator entry(checkpoint.root, error);
@@ -485,6 +490,8 @@ inline void initialise(Initialiser initialiser, std::uint64_t seed, std::string_
     } else if (folder) {
       if (entry->is_symlink(error)) return file_error(path, "is a link to a folder, which is not followed");
       plan.folders.push_back(relative);
+      if (path != checkpoint.transformer)
+        if (FileStatus status = examine(path); !status.ok()) return status;
     } else if (!entry->is_regular_file(error)) {
       return file_error(path, error ? "cannot be read: " + error.message() : "not a regular file");
     } else if (path == checkpoint.config()) {
@@ -496,6 +503,8 @@ inline void initialise(Initialiser initialiser, std::uint64_t seed, std::string_
           std::none_of(shards.begin(), shards.end(),
                        [&](const MappedFile& shard) { return shard.path() == path; }))
         plan.left_out.push_back(relative);
+    } else if (stale.contains(path)) {
+      plan.stale.push_back(relative);
     } else {
       plan.files.push_back(relative);
     }
@@ -504,6 +513,7 @@ inline void initialise(Initialiser initialiser, std::uint64_t seed, std::string_
   std::sort(plan.folders.begin(), plan.folders.end());
   std::sort(plan.files.begin(), plan.files.end());
   std::sort(plan.left_out.begin(), plan.left_out.end());
+  std::sort(plan.stale.begin(), plan.stale.end());
   return {};
 }
 
@@ -518,6 +528,7 @@ inline void initialise(Initialiser initialiser, std::uint64_t seed, std::string_
   const Safetensors& file = checkpoint.weights;
   if (FileStatus status = detail::find_rules(checkpoint, options.family, out.model); !status.ok())
     return status;
+  if (!file.note().empty()) out.model.notes.push_back(file.note());
   Conversion already;
   if (FileStatus status = read_conversion(file, already, checkpoint.config()); !status.ok()) return status;
   if (!already.empty())

@@ -139,6 +139,8 @@ namespace detail {
     text += "copied         " + std::to_string(plan.files.size()) + " other files of the folder\n";
   for (const auto& path : plan.left_out)
     text += "left out       " + path.string() + ", which holds unconverted weights\n";
+  for (const auto& path : plan.stale)
+    text += "left out       " + path.string() + ": index and shards do not belong together\n";
   return text;
 }
 
@@ -175,7 +177,8 @@ namespace detail {
     if (!mismatch.note.empty()) mismatches.back()["note"] = mismatch.note;
   }
   for (const auto& path : plan.files) files.push_back(path.string());
-  for (const auto& path : plan.left_out) left_out.push_back(path.string());
+  for (const auto* paths : {&plan.left_out, &plan.stale})
+    for (const auto& path : *paths) left_out.push_back(path.string());
   return {{"family", plan.model.label},
           {"layout", plan.model.layout},
           {"notes", plan.model.notes},

@@ -1,9 +1,7 @@
 // A file seen as memory, read only. POSIX.
 #pragma once
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -15,6 +13,7 @@
 
 #include <linattn/version.hpp>
 #include <linattn/weights/file_status.hpp>
+#include <linattn/weights/regular_file.hpp>
 
 LINATTN_BEGIN
 
@@ -25,34 +24,29 @@ class MappedFile {
   MappedFile() = default;
   MappedFile(MappedFile&& other) noexcept
       : path_(std::move(other.path_)),
-        descriptor_(std::exchange(other.descriptor_, -1)),
+        file_(std::move(other.file_)),
         bytes_(std::exchange(other.bytes_, {})) {}
   MappedFile& operator=(MappedFile&& other) noexcept {
     std::swap(path_, other.path_);
-    std::swap(descriptor_, other.descriptor_);
+    std::swap(file_, other.file_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
   ~MappedFile() {
     if (!bytes_.empty()) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
-    if (descriptor_ >= 0) ::close(descriptor_);
   }
 
   // Maps a regular file. Only a regular one: a pipe has no size.
   [[nodiscard]] static FileStatus open(const std::filesystem::path& path, MappedFile& out) {
     MappedFile mapped;
     mapped.path_ = path;
-    mapped.descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (mapped.descriptor_ < 0) return detail::system_error(path, "open", errno);
-    struct ::stat info {};
-    if (::fstat(mapped.descriptor_, &info) != 0) return detail::system_error(path, "examine", errno);
-    if (!S_ISREG(info.st_mode)) return detail::file_error(path, "not a regular file");
-    if (info.st_size > 0) {
-      const auto size = static_cast<std::size_t>(info.st_size);
-      void* const memory = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, mapped.descriptor_, 0);
+    if (FileStatus status = detail::RegularFile::open(path, mapped.file_); !status.ok()) return status;
+    if (const std::size_t size = mapped.file_.size(); size > 0) {
+      void* const memory = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, mapped.descriptor(), 0);
       if (memory == MAP_FAILED) return detail::system_error(path, "map", errno);
       mapped.bytes_ = {static_cast<const std::byte*>(memory), size};
     }
+    if (!mapped.file_.has_its_size()) return detail::file_error(path, "changed its size while it was opened");
     out = std::move(mapped);
     return {};
   }
@@ -61,7 +55,7 @@ class MappedFile {
   [[nodiscard]] const std::filesystem::path& path() const { return path_; }
 
   // The open file, for system calls that take one; -1 if there is none.
-  [[nodiscard]] int descriptor() const { return descriptor_; }
+  [[nodiscard]] int descriptor() const { return file_.descriptor(); }
 
   // Takes the whole pages inside `part` out of this process; touching them reads them again.
   void release(std::span<const std::byte> part) const {
@@ -73,7 +67,7 @@ class MappedFile {
 
  private:
   std::filesystem::path path_;
-  int descriptor_ = -1;
+  detail::RegularFile file_;
   std::span<const std::byte> bytes_;
 };
 

@@ -18,6 +18,18 @@
 
 LINATTN_BEGIN
 
+// A name without the parts that torch.compile ("_orig_mod.") and DistributedDataParallel ("module.") put into it, in any
+// order and number.
+[[nodiscard]] inline std::string without_wrappers(std::string_view name) {
+  std::string plain;
+  while (!name.empty()) {
+    const std::string_view part = name.substr(0, std::min(name.find('.'), name.size() - 1) + 1);
+    if (part != "module." && part != "_orig_mod.") plain += part;
+    name.remove_prefix(part.size());
+  }
+  return plain;
+}
+
 // The number of heads of a ViT or DiT, and who says so.
 struct Heads {
   Index count = 0;
@@ -175,8 +187,10 @@ struct WeightPrefixes {
 };
 
 // Whether a prefix is one that training code gives to a model's tensors, and to which set.
-[[nodiscard]] inline std::optional<WeightSet> weight_set(std::string_view prefix) {
+[[nodiscard]] inline std::optional<WeightSet> weight_set(std::string_view wrapped) {
   WeightSet set = WeightSet::raw;
+  const std::string plain = without_wrappers(wrapped);
+  std::string_view prefix = plain;
   while (!prefix.empty()) {
     const std::size_t dot = prefix.find('.');
     if (dot == std::string_view::npos) return std::nullopt;
@@ -184,7 +198,7 @@ struct WeightPrefixes {
     prefix.remove_prefix(dot + 1);
     if (part == "ema" || part == "model_ema" || part == "state_dict_ema")
       set = WeightSet::ema;
-    else if (part != "module" && part != "model" && part != "state_dict" && part != "model_state_dict")
+    else if (part != "model" && part != "state_dict" && part != "model_state_dict")
       return std::nullopt;
   }
   return set;

@@ -9,12 +9,15 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <functional>
 #include <limits>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -26,9 +29,11 @@
 #include <linattn/core/tensor.hpp>
 #include <linattn/version.hpp>
 #include <linattn/weights/atomic_file.hpp>
+#include <linattn/weights/file_kind.hpp>
 #include <linattn/weights/file_status.hpp>
 #include <linattn/weights/json.hpp>
 #include <linattn/weights/mapped_file.hpp>
+#include <linattn/weights/model_files.hpp>
 
 LINATTN_BEGIN
 
@@ -163,8 +168,6 @@ using Metadata = std::map<std::string, std::string, std::less<>>;
 
 namespace detail {
 
-// The format's own bound, so that a corrupt length cannot ask for any memory.
-inline constexpr std::uint64_t largest_header = 100'000'000;
 inline constexpr std::size_t largest_rank = 64;
 
 // Bytes of shape x dtype, or why not: extents must not be negative, and neither the elements nor a stride
@@ -221,7 +224,8 @@ inline constexpr std::size_t largest_rank = 64;
   const std::string range = "[" + std::to_string(begin) + ", " + std::to_string(end) + "]";
   if (begin > end) return "data_offsets " + range + " are reversed";
   if (end > data.size())
-    return "data_offsets " + range + " reach beyond the " + std::to_string(data.size()) + " bytes of data";
+    return "data_offsets " + range + " reach beyond the " + std::to_string(data.size()) +
+           " bytes of data: the file is cut short or broken, fetch it again";
   if (end - begin != size)
     return std::to_string(end - begin) + " bytes, but " + describe(out) + " takes " + std::to_string(size);
   out.bytes = data.subspan(begin, size);
@@ -246,24 +250,30 @@ inline constexpr std::size_t largest_rank = 64;
   const auto error = [&](std::string detail, std::string_view tensor = {}) {
     return file_error(file.path(), std::move(detail), tensor);
   };
+  // What is no safetensors file at all is named as what it is.
+  const auto not_one = [&](std::string detail) {
+    const std::string foreign = foreign_kind(bytes);
+    return error(foreign.empty() ? std::move(detail) : foreign);
+  };
   std::uint64_t length = 0;
   if (bytes.size() < sizeof length)
-    return error("not a safetensors file: " + std::to_string(bytes.size()) + " bytes, shorter than a header");
+    return not_one("not a safetensors file: " + std::to_string(bytes.size()) +
+                   " bytes, shorter than a header");
   std::memcpy(&length, bytes.data(), sizeof length);
-  if (length == 0) return error("empty header");
+  if (length == 0) return not_one("empty header");
   if (length > largest_header)
-    return error("not a safetensors file: a header of " + std::to_string(length) +
-                 " bytes is over the limit");
+    return not_one("not a safetensors file: a header of " + std::to_string(length) +
+                   " bytes is over the limit");
   if (length > bytes.size() - sizeof length)
-    return error("truncated: a header of " + std::to_string(length) + " bytes in a file of " +
-                 std::to_string(bytes.size()));
+    return not_one("truncated: a header of " + std::to_string(length) + " bytes in a file of " +
+                   std::to_string(bytes.size()) + ", which was not fetched to the end: fetch it again");
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + sizeof length, length);
   const std::span<const std::byte> data = bytes.subspan(sizeof length + length);
 
   nlohmann::json header;
   if (const std::string why = parse_json(text, header, {.depth = 3, .array = largest_rank}); !why.empty())
-    return error("header: " + why);
-  if (!header.is_object()) return error("header is not an object");
+    return not_one("header: " + why);
+  if (!header.is_object()) return not_one("header is not an object");
 
   const std::size_t first = tensors.size();
   for (const auto& item : header.items()) {
@@ -308,50 +318,35 @@ class Safetensors {
   Safetensors(Safetensors&&) = default;
   Safetensors& operator=(Safetensors&&) = default;
 
-  // Opens a file, an index (*.index.json), or the model in a folder: diffusion_pytorch_model or model, as an
-  // index or a file, else the only index or file there is. A file that breaks the format in any way is
-  // refused, and `out` stays as it was.
+  // Opens a file or an index, whatever its name is, or the model in a folder (see ModelFiles). A file that breaks the
+  // format in any way is refused, and `out` stays as it was.
   [[nodiscard]] static FileStatus open(const std::filesystem::path& path, Safetensors& out) {
     std::error_code ignored;
-    std::filesystem::path file = path;
-    if (std::filesystem::is_directory(path, ignored))
-      if (FileStatus status = find_model(path, file); !status.ok()) return status;
-    return is_index(file) ? open_index(file, out) : open_file(file, out);
+    if (!std::filesystem::is_directory(path, ignored)) return open_file(path, out);
+    ModelFiles files;
+    std::filesystem::path file;
+    std::string note;
+    if (FileStatus status = ModelFiles::list(path, files); !status.ok()) return status;
+    if (FileStatus status = files.choose(file, note); !status.ok()) return status;
+    FileStatus status = open_file(file, out);
+    if (status.ok()) out.note_ = std::move(note);
+    return status;
   }
 
   // Opens the shards of an index: {"weight_map": {tensor name: file name in the same folder}}. The index and
   // the shards must agree on every tensor.
   [[nodiscard]] static FileStatus open_index(const std::filesystem::path& path, Safetensors& out) {
-    using nlohmann::json;
-    MappedFile index;
-    if (FileStatus status = MappedFile::open(path, index); !status.ok()) return status;
-    if (index.bytes().size() > detail::largest_header) return detail::file_error(path, "index is too large");
-    json document;
-    const std::string_view text(reinterpret_cast<const char*>(index.bytes().data()), index.bytes().size());
-    if (const std::string why = parse_json(text, document); !why.empty())
-      return detail::file_error(path, why);
-    if (!document.is_object() || !document.contains("weight_map") || !document["weight_map"].is_object())
-      return detail::file_error(path, "no weight_map");
-
-    const json& weight_map = document["weight_map"];
-    std::map<std::string, std::size_t, std::less<>> number;  // of each shard, in the order of their names
-    for (const auto& item : weight_map.items()) {
-      if (!item.value().is_string()) return detail::file_error(path, "file name is not a string", item.key());
-      const auto& shard = item.value().get_ref<const std::string&>();
-      if (shard.empty() || shard == "." || shard == ".." || shard.find_first_of("/\\") != std::string::npos ||
-          shard.find('\0') != std::string::npos)
-        return detail::file_error(
-            path, "'" + detail::printable(shard) + "' is not the name of a file in the same folder",
-            item.key());
-      number.emplace(shard, 0);
-    }
+    nlohmann::json weight_map;
+    std::set<std::string, std::less<>> shards;
+    if (FileStatus status = detail::read_index(path, weight_map, shards); !status.ok()) return status;
     Safetensors made;
     made.index_ = path;
-    for (auto& [shard, position] : number) {
-      position = made.shards_.size();
+    for (const std::string& shard : shards) {
       MappedFile file;
-      if (FileStatus status = MappedFile::open(path.parent_path() / shard, file); !status.ok()) return status;
-      if (FileStatus status = made.add(std::move(file)); !status.ok()) return status;
+      FileStatus status = MappedFile::open(path.parent_path() / shard, file);
+      if (status.status.native == ENOENT) return ModelFiles::lists_absent(path, shard);
+      if (!status.ok()) return status;
+      if (status = made.add(std::move(file)); !status.ok()) return status;
     }
     if (FileStatus status = made.sort_names(); !status.ok()) return status;
     for (const TensorInfo& info : made.tensors_) {
@@ -393,6 +388,8 @@ class Safetensors {
     return index_.empty() && !shards_.empty() ? shards_[0].path() : index_;
   }
   [[nodiscard]] bool sharded() const { return !index_.empty(); }
+  // What a user should know of how a folder was read: the variant that was chosen, shards that were passed over.
+  [[nodiscard]] const std::string& note() const { return note_; }
 
  private:
   // In the order of the names.
@@ -403,40 +400,14 @@ class Safetensors {
     return found != by_name_.end() ? &tensors_[*found] : nullptr;
   }
 
-  static bool is_index(const std::filesystem::path& path) {
-    return path.filename().string().ends_with(".index.json");
-  }
-
   static FileStatus open_file(const std::filesystem::path& path, Safetensors& out) {
-    Safetensors made;
     MappedFile file;
     if (FileStatus status = MappedFile::open(path, file); !status.ok()) return status;
+    if (looks_like_json(file.bytes())) return open_index(path, out);
+    Safetensors made;
     if (FileStatus status = made.add(std::move(file)); !status.ok()) return status;
     if (FileStatus status = made.sort_names(); !status.ok()) return status;
     out = std::move(made);
-    return {};
-  }
-
-  static FileStatus find_model(const std::filesystem::path& folder, std::filesystem::path& out) {
-    std::error_code error;
-    for (const char* stem : {"diffusion_pytorch_model", "model"})
-      for (const char* extension : {".safetensors.index.json", ".safetensors"}) {
-        out = folder / (std::string(stem) + extension);
-        if (std::filesystem::exists(out, error)) return {};
-      }
-    std::vector<std::filesystem::path> indices, files;
-    std::filesystem::directory_iterator entry(folder, error);
-    for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
-      if (is_index(entry->path())) indices.push_back(entry->path());
-      if (entry->path().extension() == ".safetensors") files.push_back(entry->path());
-    }
-    if (error) return detail::system_error(folder, "list", error.value());
-    const auto& candidates = indices.empty() ? files : indices;
-    if (candidates.size() != 1)
-      return detail::file_error(
-          folder, candidates.empty() ? "holds no safetensors file"
-                                     : "holds " + std::to_string(candidates.size()) + " models: name one");
-    out = candidates[0];
     return {};
   }
 
@@ -460,6 +431,7 @@ class Safetensors {
   }
 
   std::filesystem::path index_;
+  std::string note_;
   std::vector<MappedFile> shards_;
   std::vector<TensorInfo> tensors_;
   std::vector<std::size_t> by_name_;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <compare>
 #include <cstdint>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -156,16 +157,27 @@ struct Sd35Model {
 
 // Whether a file holds a model of the family, and in which layout below which prefix.
 [[nodiscard]] inline bool holds_sd35(const Safetensors& file, Sd35Model& out) {
-  for (const char* prefix : {"model.diffusion_model.", ""})
-    if (file.find(std::string(prefix) + "joint_blocks.0.x_block.attn.qkv.weight") != nullptr) {
-      out.layout = Sd35Layout::official;
-      out.prefix = prefix;
-      return true;
+  for (const Sd35Layout layout : {Sd35Layout::official, Sd35Layout::diffusers}) {
+    const bool official = layout == Sd35Layout::official;
+    const std::string_view anchor =
+        official ? "joint_blocks.0.x_block.attn.qkv.weight" : "transformer_blocks.0.attn.add_q_proj.weight";
+    std::optional<std::string> found;
+    for (const TensorInfo& info : file.tensors()) {
+      if (!info.name.ends_with(anchor)) continue;
+      std::string prefix = info.name.substr(0, info.name.size() - anchor.size());
+      const std::string plain = without_wrappers(prefix);
+      if (official ? plain != "model.diffusion_model." && !plain.empty()
+                   : !plain.empty() || file.find(prefix + "pos_embed.pos_embed") == nullptr)
+        continue;
+      // Of several the one of a file that holds more than the transformer.
+      if (!found || without_wrappers(*found).size() < plain.size()) found = std::move(prefix);
     }
-  out.layout = Sd35Layout::diffusers;
-  out.prefix.clear();
-  return file.find("transformer_blocks.0.attn.add_q_proj.weight") != nullptr &&
-         file.find("pos_embed.pos_embed") != nullptr;
+    if (!found) continue;
+    out.layout = layout;
+    out.prefix = *std::move(found);
+    return true;
+  }
+  return false;
 }
 
 // Takes the sizes of a model that holds_sd35() from the shapes of its tensors. Whether every other tensor fits
@@ -242,7 +254,7 @@ struct Sd35Model {
   // The moving average of the softmax transformer, the discriminator of the VAE.
   for (const char* remains : {"model_ema.", "loss."})
     rules.dropped.push_back({remains, "left from training"});
-  if (official && !model.prefix.empty())
+  if (official && !without_wrappers(model.prefix).empty())
     rules.beside = {""};
   else if (official)
     rules.beside = {"first_stage_model.", "vae.", "text_encoders.", "conditioner.", "denoiser."};
