@@ -261,7 +261,8 @@ void read_merges_txt(const fs::path& file, const ByteSymbols& bytes, Vocabulary&
   v.merges_file = file;
   v.merge_unit = "line";
   v.first_merge = 2;
-  const std::string content = checked_text(read_small_file(file, max_file_bytes, "a CLIP vocabulary"), file);
+  const std::string content =
+      without_byte_order_mark(read_small_file(file, max_file_bytes, "a CLIP vocabulary"));
   std::string_view rest = content;
   while (!rest.empty() && (rest.back() == '\n' || rest.back() == '\r')) rest.remove_suffix(1);
   const auto next_line = [&rest] {
