@@ -10,6 +10,7 @@
 #include <linattn/diagnostics/key_shift_ratio_cpu.hpp>
 
 #include "deit/preprocess.hpp"
+#include "deit/timm_config.hpp"
 #include "deit/vit.hpp"
 #include "nn/finite.hpp"
 
@@ -130,6 +131,7 @@ Layers run_models(Runtime& rt, const std::filesystem::path& softmax, const std::
   if (block < 0 || block >= from.depth)
     throw std::runtime_error("--block " + std::to_string(block) + ": " + softmax.string() + " has " +
                              std::to_string(from.depth) + " blocks");
+  deit::TimmConfig(original).check(from);
   Layers layers;
   layers.name = "blocks." + std::to_string(block) + ".attn";
   const linattn::Conversion known = read_conversion(original), conversion = read_conversion(converted);

@@ -22,6 +22,7 @@
 #include "nn/options.hpp"
 #include "nn/standard_output.hpp"
 #include "preprocess.hpp"
+#include "timm_config.hpp"
 #include "vit.hpp"
 
 namespace {
@@ -97,6 +98,7 @@ Model load(const fs::path& path, const Arguments& a) {
               a.labels.empty() ? deit::labels_of(checkpoint) : deit::read_labels(a.labels),
               deit::Vit<float>(checkpoint, a.heads)};
   const deit::VitConfig& config = model.vit.config();
+  deit::TimmConfig(checkpoint).check(config);
   if (config.channels != 3)
     throw std::runtime_error(path.string() + ": expects pictures of " + std::to_string(config.channels) +
                              " channels, not of 3");

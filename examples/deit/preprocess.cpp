@@ -4,23 +4,20 @@
 #include <charconv>
 #include <cmath>
 #include <stdexcept>
+#include <string_view>
 
 #include <linattn/weights/json.hpp>
 #include <nlohmann/json.hpp>
 
 #include "nn/finite.hpp"
-#include "nn/resize.hpp"
 #include "nn/small_file.hpp"
 #include "nn/text.hpp"
+#include "timm_config.hpp"
 
 namespace deit {
 namespace {
 
 using nlohmann::json;
-
-[[noreturn]] void fail_config(const Checkpoint& checkpoint, const std::string& what) {
-  fail(checkpoint.path().parent_path() / "config.json", what);
-}
 
 // A list of names, or an object from number to name; empty where it is neither, or leaves a number out.
 std::vector<std::string> to_labels(const json& names) {
@@ -38,52 +35,110 @@ std::vector<std::string> to_labels(const json& names) {
   return labels;
 }
 
+template <class Value>
+struct Name {
+  std::string_view name;
+  Value value;
+};
+
+// What a field names; `otherwise` where it is absent or says nothing.
+template <class Value, std::size_t Count>
+Value choose(const TimmConfig& config, const char* key, const Name<Value> (&names)[Count], Value otherwise) {
+  const json& said = config.pretrained(key);
+  if (TimmConfig::says_nothing(said)) return otherwise;
+  std::string known;
+  for (const auto& [name, value] : names) {
+    if (said == name) return value;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  config.refuse(key, said, "one of " + known);
+}
+
+// A number for every colour, or three.
+std::array<double, 3> colours(const TimmConfig& config, const char* key,
+                              const std::array<double, 3>& otherwise) {
+  const json& said = config.pretrained(key);
+  if (TimmConfig::says_nothing(said)) return otherwise;
+  const json list = said.is_array() ? said : json::array({said});
+  if ((list.size() != 1 && list.size() != 3) ||
+      !std::all_of(list.begin(), list.end(), [](const json& value) { return value.is_number(); }))
+    config.refuse(key, said, "three numbers");
+  const auto at = [&](std::size_t i) { return list[list.size() == 1 ? 0 : i].get<double>(); };
+  return {at(0), at(1), at(2)};
+}
+
+Index part(Index size, double crop) {
+  return static_cast<Index>(std::floor(static_cast<double>(size) / crop));
+}
+
+// To the nearest, halves to even, as Python rounds.
+Index nearest(double x) { return static_cast<Index>(std::nearbyint(x)); }
+
+Image centre(const Image& image, Index height, Index width) {
+  const auto half = [](Index rest) { return nearest(static_cast<double>(rest) / 2); };
+  return crop(image, half(image.width - width), half(image.height - height), width, height);
+}
+
+// The size at which the longer side just fits.
+Image fit(const Image& image, Index height, Index width, Filter filter) {
+  const auto rows = static_cast<double>(image.height), columns = static_cast<double>(image.width);
+  const double ratio = std::max(rows / static_cast<double>(height), columns / static_cast<double>(width));
+  return resize(image, nearest(columns / ratio), nearest(rows / ratio), filter);
+}
+
+Image cut(const Image& image, Index height, Index width, const Preprocessing& p) {
+  if (p.mode == CropMode::squash)
+    return centre(resize(image, part(width, p.crop), part(height, p.crop), p.filter), height, width);
+  if (p.mode == CropMode::border) {
+    std::array<std::uint8_t, 3> colour{};
+    for (std::size_t c = 0; c < 3; ++c)
+      colour[c] = static_cast<std::uint8_t>(nearest(std::clamp(255 * p.mean[c], 0.0, 255.0)));
+    const Image whole = fit(image, part(height, p.crop), part(width, p.crop), p.filter);
+    return centre(pad(whole, width, height, colour), height, width);
+  }
+  const Index shorter = part(std::max(height, width), p.crop), least = std::min(image.width, image.height);
+  return centre(resize(image, shorter * image.width / least, shorter * image.height / least, p.filter),
+                height, width);
+}
+
 }  // namespace
 
 Preprocessing Preprocessing::of(const Checkpoint& checkpoint) {
+  const TimmConfig config(checkpoint);
   Preprocessing result;
-  const json& config = checkpoint.config();
-  if (!config.is_object() || !config.contains("pretrained_cfg")) return result;
-  const json& said = config["pretrained_cfg"];
-  if (!said.is_object()) fail_config(checkpoint, "'pretrained_cfg' is not an object");
-  if (said.contains("crop_pct")) {
-    if (!said["crop_pct"].is_number() || !(said["crop_pct"] > 0) || !(said["crop_pct"] <= 1))
-      fail_config(checkpoint, "'crop_pct' is " + said["crop_pct"].dump() + ", expected a number up to 1");
-    result.crop = said["crop_pct"];
+  if (const json& said = config.pretrained("crop_pct"); !said.is_null()) {
+    if (!said.is_number() || !(said >= 0.01) || !(said <= 1))
+      config.refuse("crop_pct", said, "a number from 0.01 to 1");
+    result.crop = said;
   }
-  const auto colours = [&](const char* key, std::array<double, 3>& values) {
-    if (!said.contains(key)) return;
-    const json& list = said[key];
-    if (!list.is_array() || list.size() != 3 ||
-        !std::all_of(list.begin(), list.end(), [](const json& value) { return value.is_number(); }))
-      fail_config(checkpoint, "'" + std::string(key) + "' is " + list.dump() + ", expected three numbers");
-    values = list.get<std::array<double, 3>>();
-  };
-  colours("mean", result.mean);
-  colours("std", result.deviation);
+  result.mode = choose<CropMode>(
+      config, "crop_mode",
+      {{"center", CropMode::center}, {"squash", CropMode::squash}, {"border", CropMode::border}},
+      result.mode);
+  result.filter = choose<Filter>(config, "interpolation",
+                                 {{"nearest", Filter::nearest},
+                                  {"box", Filter::box},
+                                  {"bilinear", Filter::bilinear},
+                                  {"hamming", Filter::hamming},
+                                  {"bicubic", Filter::bicubic},
+                                  {"lanczos", Filter::lanczos}},
+                                 result.filter);
+  result.mean = colours(config, "mean", result.mean);
+  result.deviation = colours(config, "std", result.deviation);
   for (const double deviation : result.deviation)
-    if (!(deviation > 0)) fail_config(checkpoint, "'std' holds " + std::to_string(deviation));
-  if (said.contains("interpolation") && said["interpolation"] != "bicubic")
-    fail_config(checkpoint,
-                "'interpolation' is " + said["interpolation"].dump() + ", only bicubic is supported");
+    if (!(deviation > 0)) config.refuse("std", config.pretrained("std"), "numbers above 0");
   return result;
 }
 
 Tensor<float> preprocess(const Image& image, Index height, Index width, const Preprocessing& preprocessing) {
-  const auto shorter =
-      static_cast<Index>(std::floor(static_cast<double>(std::max(height, width)) / preprocessing.crop));
-  const Index least = std::min(image.width, image.height);
-  if (least < 1) throw std::logic_error("an empty picture");
-  const Image resized = resize(image, shorter * image.width / least, shorter * image.height / least);
-  const auto half = [](Index rest) { return static_cast<Index>(std::lrint(static_cast<double>(rest) / 2)); };
-  const Image centre =
-      crop(resized, half(resized.width - width), half(resized.height - height), width, height);
+  if (std::min(image.width, image.height) < 1) throw std::logic_error("an empty picture");
+  const Image ready = cut(image, height, width, preprocessing);
   Tensor<float> result({1, 3, height, width});
   for (std::size_t c = 0; c < 3; ++c) {
     float* const plane = result.data() + static_cast<Index>(c) * height * width;
     for (Index i = 0; i < height * width; ++i)
       plane[i] = static_cast<float>(
-          (centre.rgb[static_cast<std::size_t>(i) * 3 + c] / 255.0 - preprocessing.mean[c]) /
+          (ready.rgb[static_cast<std::size_t>(i) * 3 + c] / 255.0 - preprocessing.mean[c]) /
           preprocessing.deviation[c]);
   }
   expect_finite<float>("the picture given, less the mean and by the deviation of config.json",
@@ -116,10 +171,10 @@ std::vector<std::string> read_labels(const std::filesystem::path& path) {
 }
 
 std::vector<std::string> labels_of(const Checkpoint& checkpoint) {
-  const json& config = checkpoint.config();
-  for (const char* key : {"label_names", "id2label"})
-    if (config.is_object() && config.contains(key))
-      if (std::vector<std::string> labels = to_labels(config[key]); !labels.empty()) return labels;
+  const TimmConfig config(checkpoint);
+  for (const json* names : {&config.top("label_names"), &config.pretrained("label_names"),
+                            &config.top("labels"), &config.top("id2label")})
+    if (std::vector<std::string> labels = to_labels(*names); !labels.empty()) return labels;
   return {};
 }
 
