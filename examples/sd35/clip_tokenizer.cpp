@@ -273,7 +273,8 @@ void read_merges_txt(const fs::path& file, const ByteSymbols& bytes, Vocabulary&
     return line;
   };
   if (next_line().find("#version") == std::string_view::npos)
-    fail_by_content(file, content, "the first line is not a '#version' line, so this is not a list of BPE merges");
+    fail_by_content(file, content,
+                    "the first line is not a '#version' line, so this is not a list of BPE merges");
   while (!rest.empty() && v.merges.size() < max_merges) {
     const std::string_view line = next_line();
     v.merges.push_back(split_merge(line, v.merges.size(), v));

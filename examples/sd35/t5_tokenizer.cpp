@@ -16,8 +16,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::size_t max_file_bytes = 64u << 20;  // the real spiece.model has 0.8 MB
-constexpr std::size_t max_text_bytes = 256u << 10;    // SentencePiece joins unknowns in quadratic time: 2 s
+constexpr std::size_t max_file_bytes = 64u << 20;   // the real spiece.model has 0.8 MB
+constexpr std::size_t max_text_bytes = 256u << 10;  // SentencePiece joins unknowns in quadratic time: 2 s
 constexpr std::int32_t sentinels = 100;
 
 // A reader of protobuf's wire format, as far as SentencePiece models need it: the payloads of the
