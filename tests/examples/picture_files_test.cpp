@@ -261,7 +261,7 @@ TEST_CASE("a file that is neither a PNG nor a JPEG is named as what it is") {
   says("%PDF-1.7\n", "a PDF");
   CHECK(refusal("") == "is empty, neither a PNG nor a JPEG");
   CHECK(refusal("hello") == "is neither a PNG nor a JPEG");
-  CHECK(refusal("RIFF") == "is neither a PNG nor a JPEG");
+  CHECK(refusal("RIFF") == "is a RIFF file (WebP)");
 }
 
 TEST_CASE("a PNG that is cut short, damaged or too large is refused") {
