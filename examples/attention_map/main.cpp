@@ -18,6 +18,7 @@
 #include "nn/options.hpp"
 #include "nn/outputs.hpp"
 #include "nn/standard_output.hpp"
+#include "nn/threads.hpp"
 #include "picture.hpp"
 
 namespace {
@@ -119,6 +120,7 @@ int run(const Arguments& a) {
   inputs.add(a.picture);
   nn::Outputs outputs(std::move(inputs));
   outputs.add_file(a.output);
+  nn::expect_threads(a.threads);
   Runtime rt(a.threads);
   const auto [height, width] = a.grid.value_or(Pair{});
   if ((a.models.size() == 2) == a.picture.empty())

@@ -21,6 +21,7 @@
 #include "nn/finite.hpp"
 #include "nn/options.hpp"
 #include "nn/standard_output.hpp"
+#include "nn/threads.hpp"
 #include "preprocess.hpp"
 #include "timm_config.hpp"
 #include "vit.hpp"
@@ -205,6 +206,7 @@ int run(const Arguments& a) {
   std::vector<deit::Ignored> ignored;
   for (const Model& model : models)
     ignored.insert(ignored.end(), model.vit.ignored().begin(), model.vit.ignored().end());
+  nn::expect_threads(a.threads);
   deit::Runtime rt(a.threads);
   nlohmann::ordered_json report{{"threads", rt.workers()},
                                 {"ignored_tensors", nn::to_json(ignored)},

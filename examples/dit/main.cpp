@@ -25,6 +25,7 @@
 #include "nn/outputs.hpp"
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
+#include "nn/threads.hpp"
 #include "sampling.hpp"
 #include "sd35/vae.hpp"
 
@@ -212,6 +213,7 @@ int run(Arguments& a) {
   nn::Outputs outputs(std::move(inputs));
   outputs.add_file(a.output);
 
+  nn::expect_threads(a.threads);
   nn::Runtime rt(a.threads);
   const sd35::Checkpoint vae_file = sd35::Checkpoint::open(a.vae, sd35::Component::vae);
   const sd35::VaeDecoder<float> vae(vae_file, sd35::VaeConfig::of(vae_file));

@@ -27,6 +27,7 @@
 #include "nn/progress.hpp"
 #include "nn/small_file.hpp"
 #include "nn/standard_output.hpp"
+#include "nn/threads.hpp"
 #include "pipeline.hpp"
 
 namespace {
@@ -179,6 +180,7 @@ int run(const Arguments& a) {
   for (const fs::path& file : files) outputs.claim(file);
   const Folder folder(a.out);
   for (const fs::path& file : files) outputs.try_file(file);
+  nn::expect_threads(a.threads);
   sd35::Runtime rt(a.threads);
   std::array<Row, 2> rows;
   rows[0] = {"softmax", draw(rt, a.softmax, a, "softmax"), {}};

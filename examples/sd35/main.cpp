@@ -20,6 +20,7 @@
 #include "nn/progress.hpp"
 #include "nn/standard_output.hpp"
 #include "nn/text.hpp"
+#include "nn/threads.hpp"
 #include "pipeline.hpp"
 
 namespace {
@@ -214,6 +215,7 @@ int run(Arguments& a) {
   nn::Outputs outputs(inputs_of(a));
   for (std::size_t i = 0; i < count; ++i) outputs.add_file(sd35::output_path(a.output, i, count));
 
+  nn::expect_threads(a.threads);
   sd35::Runtime rt(a.threads);
   sd35::ProgressBar bar;
   sd35::Progress progress;
