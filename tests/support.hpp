@@ -47,7 +47,7 @@ inline void check_ok(const Status& status) {
 // ---- allocations ----
 
 // Calls of malloc and its kin by this thread since the object was made; operator new calls malloc too. The
-// counting functions are in support.cpp. With an address sanitizer, which owns malloc, nothing is counted.
+// counting functions are in support.cpp. With a sanitizer, which owns malloc, nothing is counted.
 class Allocations {
  public:
   Allocations() : start_(total()) {}
