@@ -247,6 +247,14 @@ void check_narrowing() {
   CHECK(std::isnan(value_of<T>(none[0])));
 }
 
+// ---- votes ----
+
+__global__ void __launch_bounds__(128) vote_kernel(const int* in, int* out, int count) {
+  const int i = static_cast<int>(threadIdx.x);
+  out[i] = __syncthreads_or(in[i]);
+  out[count + i] = __syncthreads_or(0);
+}
+
 // ---- the special function unit ----
 
 __global__ void __launch_bounds__(128) special_kernel(const float* in, float* out, int count) {
@@ -292,6 +300,18 @@ TEST_CASE("shuffles stay within their group of lanes") {
     CHECK(at(1) == (i ^ 5));
     CHECK(at(2) == ((i & 7) < 5 ? i + 3 : i));
     CHECK(at(3) == (i < 3 ? i : i - 3));
+  }
+}
+
+TEST_CASE("a barrier tells all threads whether any votes") {
+  for (const int voter : {-1, 0, 77, 127}) {
+    std::vector<int> in(128);
+    if (voter >= 0) in[static_cast<std::size_t>(voter)] = 4;
+    const std::vector<int> out = run(vote_kernel, in, 2 * in.size());
+    for (std::size_t i = 0; i < in.size(); ++i) {
+      CHECK((out[i] != 0) == (voter >= 0));
+      CHECK(out[in.size() + i] == 0);
+    }
   }
 }
 

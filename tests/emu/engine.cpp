@@ -46,6 +46,7 @@ struct Thread {
   Place place = 0;
   void (*act)(void* const (&)[32]) = nullptr;
   void* arguments = nullptr;
+  bool vote = false;
 };
 
 constexpr std::size_t stack_bytes = 256 * 1024;
@@ -59,6 +60,7 @@ struct Engine {
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
   bool abandoned = false;
+  bool any = false;  // of the votes at the last barrier
 
   Schedule schedule = Schedule::in_order;
   std::uint64_t random = 1;
@@ -248,7 +250,12 @@ void run_block() {
     }
     ++running.block_epoch;
     for (int warp = 0; warp < warps(); ++warp) ++running.warp_epoch[warp];
-    for (int i = 0; i < e.count; ++i) e.threads[static_cast<std::size_t>(i)].wait = Wait::none;
+    e.any = false;
+    for (int i = 0; i < e.count; ++i) {
+      Thread& thread = e.threads[static_cast<std::size_t>(i)];
+      thread.wait = Wait::none;
+      e.any = std::exchange(thread.vote, false) || e.any;
+    }
   }
 }
 
@@ -398,6 +405,11 @@ void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, void 
 }
 
 void barrier() { wait(Wait::block, reinterpret_cast<Place>(__builtin_return_address(0))); }
+bool barrier_any(bool vote) {
+  engine().threads[static_cast<std::size_t>(running.thread)].vote = vote;
+  wait(Wait::block, reinterpret_cast<Place>(__builtin_return_address(0)));
+  return engine().any;
+}
 void warp_barrier() { wait(Wait::warp, reinterpret_cast<Place>(__builtin_return_address(0))); }
 void collective(void (*act)(void* const (&)[32]), void* arguments) {
   Thread& thread = engine().threads[static_cast<std::size_t>(running.thread)];

@@ -41,6 +41,7 @@ def of(test: str, cases: str, header: str):
 flash = of("ops/softmax_attention_cuda", "*causal mask*,*tensor cores q*", "detail/flash_mma.cuh")
 update = of("ops/ttt_mma_cuda", "tails*", "detail/ttt_mma_update.cuh")
 apply = of("ops/ttt_mma_cuda", "tails*", "detail/ttt_mma_apply.cuh")
+hidden = of("ops/softmax_attention_cuda", "on Cuda a hidden key*half*", "detail/flash_mma.cuh")
 plain_softmax = of("ops/softmax_attention_cuda", "*for every length<float>", "detail/softmax_plain.cuh")
 plain_ttt = of("ops/ttt_cuda", "*for other sizes*", "detail/ttt_plain.cuh")
 step = of("ops/ttt_cuda", "many splits<float>", "ops/ttt_cuda.cuh")
@@ -61,6 +62,11 @@ MUTATIONS = [
     flash("softmax: queries beyond the last are written", "if (query < p.queries && 8 * chunk", "if (8 * chunk"),
     flash("softmax: the blocks of V in the order of K", "row + keys + lane / 8 % 2 * 8, lane / 16)", "row + keys + lane / 16 * 8, lane / 8 % 2)"),
     flash("softmax: rows are not permuted", "(chunk ^ permutation)", "(chunk + 0 * permutation)", header="detail/mma_tiles.cuh"),
+    hidden("softmax: a bias of -infinity meets any logit", "if (Guarded && added == -INFINITY) logit = 0.0f;", ""),
+    hidden("softmax: hidden values stay in the product", "    store(at, uint4{finite", "    (uint4{finite"),
+    hidden("softmax: values that are not finite reach all queries", "p.sees(query, row, key) ? 1.0f : 0.0f", "1.0f"),
+    hidden("plain softmax: hidden values stay in the product", "Guarded && hidden[j] ? -1.0f : weight", "weight",
+           header="detail/softmax_plain.cuh"),
     update("ttt update: no barrier behind the normalised keys",
         "    keys.prepare(shared.keys, token);\n    __syncthreads();\n", "    keys.prepare(shared.keys, token);\n"),
     update("ttt update: no wait for keys and values", "    cp_async_wait<0>();\n    __syncthreads();\n    keys", "    __syncthreads();\n    keys"),

@@ -17,6 +17,7 @@
 #include "../device.hpp"
 #include "../reference/softmax_attention.hpp"
 #include "../support.hpp"
+#include "hidden_keys.hpp"
 #if !defined(__CUDACC__)
 #include "../emu/emu.hpp"
 #endif
@@ -253,6 +254,32 @@ TEST_CASE_TEMPLATE("on Cuda a query does not see the others, and a causal one no
   }
 }
 
+TEST_CASE_TEMPLATE("on Cuda a hidden key cannot be observed, whatever its bits", T, float, half, bfloat16) {
+  const auto run = [](hidden_keys::Problem<T>& p) {
+    const OnDevice<T, 4> q(p.q), k(p.k), v(p.v), out(p.out);
+    const OnDevice<float, 4> bias(p.bias);
+    const OnDevice<float, 3> lse(p.lse);
+    check_ok(softmax_attention<T>(Cuda{}, q.view(), k.view(), v.view(), out.view(),
+                                  p.options(bias.view(), lse.view())));
+    out.download(p.out);
+    lse.download(p.lse);
+  };
+  using hidden_keys::Shape;
+  // With tensor cores, but in float, and without; fewer queries than keys and more.
+  const std::span all(hidden_keys::poisons);
+  hidden_keys::check<T>(Shape{1, 100, 100, 1, 8, 16}, run, all);
+  hidden_keys::check<T>(Shape{1, 20, 66, 2, 7, 13}, run, all.first(2));
+  if constexpr (std::is_same_v<T, half>) {
+    hidden_keys::check<T>(Shape{2, 35, 70, 1, 40, 64}, run, all.first(3));
+    hidden_keys::check<T>(Shape{1, 150, 70, 1, 64, 8}, run, all.first(3));
+    hidden_keys::check<T>(Shape{1, 20, 66, 1, 72, 128}, run, all.first(1));
+  }
+  if constexpr (std::is_same_v<T, float>)
+    hidden_keys::check<T>(Shape{1, 10, 70, 1, 8, 530}, run, all.first(1));
+  hidden_keys::check_blind<T>({1, 70, 150, 2, 24, 24}, run);
+  hidden_keys::check_bias<T>(run);
+}
+
 TEST_CASE_TEMPLATE("softmax_attention on Cuda gives the same bits again, in any layout", T, float, bfloat16) {
   // Rows of 64 channels start at 16 bytes in each of these; those of 7 in none.
   for (const Index head_dim : {64, 7}) {
@@ -351,7 +378,8 @@ TEST_CASE("on tensor cores a causal mask spares the keys behind the diagonal") {
   const emu::Count count;
   check_ok(softmax_attention<half>(Cuda{}, q.view(), k.view(), v.view(), out.view(),
                                    {.scale = {}, .causal = true, .bias = {}, .lse = {}}));
-  CHECK(count.global_bytes_loaded() == 32 * sizeof(half) * (256 + 2 * (128 + 256)));
+  // The guarded kernel reads what is left, and ends.
+  CHECK(count.global_bytes_loaded() == 32 * sizeof(half) * (256 + 2 * (128 + 256) + 256));
   // Of 8 x 4 pairs of 32 queries and 64 keys 20 hold a key that is seen; each has 2 x 8 x 2 products and 2 x 4 x 4.
   CHECK(count.mma() == 20 * (32 + 32));
 }

@@ -8,6 +8,8 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstdint>
+#include <type_traits>
 
 #include <linattn/core/status.hpp>
 #include <linattn/detail/cuda.cuh>
@@ -65,9 +67,9 @@ template <int Height, int Width>
   return &tile.chunks[(place ^ (2 * right)) + 16 * down * (Width / 8)];
 }
 
-// Logits in units of log 2, with bias, and -infinity where the query does not see the key. `first_query` and `first_key`
-// are this lane's.
-template <class T, int Tiles>
+// Logits in units of log 2, with bias, and -infinity where the query does not see the key; unless guarded NaN where a bias
+// of -infinity meets NaN or infinity. `first_query` and `first_key` are this lane's.
+template <bool Guarded, class T, int Tiles>
 __device__ __forceinline__ void finish_logits(float (&s)[Tiles][4], const SoftmaxProblem<T>& p, float scale,
                                               const float* bias, int first_query, int first_key) {
   constexpr float log2_e = 1.44269504f;
@@ -88,13 +90,115 @@ __device__ __forceinline__ void finish_logits(float (&s)[Tiles][4], const Softma
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (8 * n + e < seen) s[n][2 * i + e] = fmaf(log2_e, row[8 * n + e], s[n][2 * i + e]);
+        if (8 * n + e < seen) {
+          const float added = row[8 * n + e];
+          float& logit = s[n][2 * i + e];
+          if (Guarded && added == -INFINITY) logit = 0.0f;
+          logit = fmaf(log2_e, added, logit);
+        }
   }
 }
 
-template <class T, int Width>
-static __global__ void __launch_bounds__(FlashTile<Width>::threads, FlashTile<Width>::min_blocks)
-    flash_mma_kernel(SoftmaxProblem<T> p) {
+// 1 where a query sees a key, of 16 x 16; `first_query` and `first_key` are this lane's.
+template <class T>
+[[nodiscard]] __device__ __forceinline__ MmaOperand seen_block(const SoftmaxProblem<T>& p, const float* bias,
+                                                               int first_query, int first_key) {
+  MmaSums seen;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int query = first_query + 8 * (i / 2 % 2), key = first_key + 8 * (i / 4) + i % 2;
+    const float* const row = bias == nullptr ? nullptr : bias + query * p.bias.token;
+    seen.d[i / 4][i % 4] = p.sees(query, row, key) ? 1.0f : 0.0f;
+  }
+  return to_operand<T>(seen);
+}
+
+// Bits 0 and 16 of the result: whether the lower and the upper of two values are not finite. Adding 1 to an exponent of all
+// ones overflows it.
+template <class T>
+[[nodiscard]] __device__ __forceinline__ std::uint32_t not_finite(std::uint32_t two) {
+  constexpr std::uint32_t one = std::is_same_v<T, half> ? 0x04000400u : 0x00800080u;
+  return ((two & 0x7fff7fffu) + one) >> 15 & 0x00010001u;
+}
+
+// Whether this thread finds a result of the tile that is not finite.
+template <int Threads, class T>
+[[nodiscard]] __device__ __forceinline__ bool left_not_finite(const SoftmaxProblem<T>& p, Index b, Index h,
+                                                              int first_query, int last_query) {
+  std::uint32_t any = 0;
+  const int row_chunks = p.value_dim / 8, chunks = (last_query - first_query + 1) * row_chunks;
+  for (int i = static_cast<int>(threadIdx.x); i < chunks; i += Threads) {
+    const auto x = load<uint4>(p.out.at(b, first_query + i / row_chunks, h) + 8 * (i % row_chunks));
+    any |= not_finite<T>(x.x) | not_finite<T>(x.y) | not_finite<T>(x.z) | not_finite<T>(x.w);
+  }
+  return any != 0;
+}
+
+// Puts 0 where `Count` rows from `tile_row` on are not finite; whether this thread did.
+template <int Count, int Threads, class T, int Height, int Width>
+[[nodiscard]] __device__ __forceinline__ bool leave_out_not_finite(MmaTile<Height, Width>& tile,
+                                                                   int tile_row) {
+  std::uint32_t any = 0;
+  const auto finite = [&any](std::uint32_t two) {
+    const std::uint32_t found = not_finite<T>(two);
+    any |= found;
+    return two & ~(found * 0xffffu);
+  };
+  for (int i = static_cast<int>(threadIdx.x); i < Count * Width / 8; i += Threads) {
+    uint4* const at = &tile.chunks[tile_row * (Width / 8) + i];
+    const auto x = load<uint4>(at);
+    store(at, uint4{finite(x.x), finite(x.y), finite(x.z), finite(x.w)});
+  }
+  return any != 0;
+}
+
+// 1 for infinity, 64 for -infinity, both for NaN: sums of 16 such numbers are exact, and tell which there were.
+[[nodiscard]] __device__ __forceinline__ float not_finite_code(float x) {
+  return is_finite(x) ? 0.0f : x > 0.0f ? 1.0f : x < 0.0f ? 64.0f : 65.0f;
+}
+
+// Adds the values of a stage that are not finite to the sums of the queries that see them. `first_query` and `first_key`
+// are this lane's.
+template <class T, int Rows, int Columns>
+__device__ __forceinline__ void add_not_finite(float (&sums)[Rows][Columns][4], const SoftmaxProblem<T>& p,
+                                               Index b, Index h, const float* bias, int first_query,
+                                               int first_key) {
+#pragma unroll 1
+  for (int n = 0; n < FlashTile<8 * Columns>::keys / 16; ++n) {
+    MmaOperand seen[Rows];
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) seen[r] = seen_block(p, bias, first_query + 16 * r, first_key + 16 * n);
+#pragma unroll
+    for (int c = 0; c < Columns / 2; ++c) {
+      MmaOperand values;  // as ldmatrix_x4_trans gives them
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = first_key + 16 * n + 8 * (i % 2), channel = 16 * c + 8 * (i / 2) + mma_lane() / 4;
+        const auto code = [&](int k) {
+          const bool inside = k < p.keys && channel < p.value_dim;
+          return inside ? not_finite_code(to_float(p.v.at(b, k, h)[channel])) : 0.0f;
+        };
+        values.r[i] = pack<T>(code(key), code(key + 1));
+      }
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        MmaSums codes;
+        multiply_add<T>(codes, seen[r], values);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int count = static_cast<int>(codes.d[i / 4][i % 4]);
+          float& sum = sums[r][2 * c + i / 4][i % 4];
+          if (count % 64 != 0) sum += INFINITY;
+          if (count >= 64) sum -= INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// What a block does: all of flash_mma_kernel or, guarded, of flash_guarded_kernel.
+template <bool Guarded, int Width, class T>
+__device__ __forceinline__ void flash_tile(const SoftmaxProblem<T>& p) {
   using Tile = FlashTile<Width>;
   using Shared = FlashShared<Width>;
   constexpr int row_tiles = Tile::row_tiles, threads = Tile::threads, keys = Tile::keys;
@@ -110,6 +214,10 @@ static __global__ void __launch_bounds__(FlashTile<Width>::threads, FlashTile<Wi
   const int warp_query = first_query + warp_row;
 
   const int last_query = min(first_query + Tile::queries, p.queries) - 1;
+  if constexpr (Guarded)
+    if (!p.hides(first_query, last_query) ||
+        !__syncthreads_or(left_not_finite<threads>(p, b, h, first_query, last_query)))
+      return;
   const int steps = (p.seen(last_query) + keys - 1) / keys;
   const T *const k = p.k.at(b, 0, h), *const v = p.v.at(b, 0, h);
   const auto load_stage = [&](int step) {
@@ -150,6 +258,10 @@ static __global__ void __launch_bounds__(FlashTile<Width>::threads, FlashTile<Wi
     if (step + 1 < steps) load_stage(step + 1);
     cp_async_commit();
     const int first_key = step * keys;
+    bool left_out = false;  // values of this stage that are not finite
+    if constexpr (Guarded)
+      left_out =
+          __syncthreads_or(leave_out_not_finite<keys, threads, T>(rows, step % 2 * Shared::stage + keys));
     if (first_key >= end) continue;
     // Of the blocks of K and V as load_b and load_b_transposed read them.
     const int row = step % 2 * Shared::stage + lane % 8;
@@ -172,7 +284,8 @@ static __global__ void __launch_bounds__(FlashTile<Width>::threads, FlashTile<Wi
     if (first_key + keys > masked || bias != nullptr || scale < 0.0f) {
 #pragma unroll
       for (int r = 0; r < row_tiles; ++r)
-        finish_logits(s[r], p, scale, bias, warp_query + 16 * r + lane / 4, first_key + lane % 4 * 2);
+        finish_logits<Guarded>(s[r], p, scale, bias, warp_query + 16 * r + lane / 4,
+                               first_key + lane % 4 * 2);
       factor = 1.0f;
     }
 
@@ -213,6 +326,7 @@ static __global__ void __launch_bounds__(FlashTile<Width>::threads, FlashTile<Wi
           multiply_add<T>(sums[r][2 * c], sums[r][2 * c + 1], weights[r], operand);
       }
     }
+    if (left_out) add_not_finite(sums, p, b, h, bias, warp_query + lane / 4, first_key + lane % 4 * 2);
   }
 
   // All warps have left the stage that the last step did not use; each has its own rows of it.
@@ -247,6 +361,20 @@ static __global__ void __launch_bounds__(FlashTile<Width>::threads, FlashTile<Wi
     if (query < p.queries && 8 * chunk < p.value_dim)
       store(p.out.at(b, query, h) + 8 * chunk, load<uint4>(rows.chunk(out_row + row, chunk)));
   }
+}
+
+template <class T, int Width>
+static __global__ void __launch_bounds__(FlashTile<Width>::threads, FlashTile<Width>::min_blocks)
+    flash_mma_kernel(SoftmaxProblem<T> p) {
+  flash_tile<false, Width>(p);
+}
+
+// For heads of any size: channels that are 0 change no bit.
+inline constexpr int flash_guarded_width = 128;
+template <class T>
+static __global__ void __launch_bounds__(FlashTile<flash_guarded_width>::threads)
+    flash_guarded_kernel(SoftmaxProblem<T> p) {
+  flash_tile<true, flash_guarded_width>(p);
 }
 
 }  // namespace detail::inline LINATTN_TARGET

@@ -50,15 +50,31 @@ __device__ __forceinline__ void stage_rows(float4 (&to)[Rows][Pitch], const T* f
 __device__ __forceinline__ void add_product(float& sum, const float4& a, const float4& b) {
   sum = fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, sum))));
 }
-// sum += a b
-__device__ __forceinline__ void add_scaled(float4& sum, float a, const float4& b) {
+// sum += a b. Guarded: where a < 0 the value is hidden, and 0 if it is not finite.
+template <bool Guarded>
+__device__ __forceinline__ void add_scaled(float4& sum, float a, float4 b) {
+  if constexpr (Guarded)
+    if (a < 0.0f) {
+      a = 0.0f;
+      b = {is_finite(b.x) ? b.x : 0.0f, is_finite(b.y) ? b.y : 0.0f, is_finite(b.z) ? b.z : 0.0f,
+           is_finite(b.w) ? b.w : 0.0f};
+    }
   sum = {fmaf(a, b.x, sum.x), fmaf(a, b.y, sum.y), fmaf(a, b.z, sum.z), fmaf(a, b.w, sum.w)};
 }
 
-// Grid: (tiles of queries * batch * heads, blocks of value channels).
-template <class T, int Width>
-static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2 : 1)
-    softmax_plain_kernel(SoftmaxProblem<T> p) {
+// Whether this thread finds a result of a tile that is not finite.
+template <class T>
+[[nodiscard]] __device__ __forceinline__ bool left_not_finite(const T* out, Index stride, int queries,
+                                                              int values) {
+  bool any = false;
+  for (int i = static_cast<int>(threadIdx.x); i < queries * values; i += softmax_plain_threads)
+    any = any || !is_finite(to_float(out[i / values * stride + i % values]));
+  return any;
+}
+
+// What a block does: all of softmax_plain_kernel or, guarded, of softmax_plain_guarded_kernel.
+template <bool Guarded, int Width, class T>
+__device__ __forceinline__ void softmax_plain_tile(const SoftmaxProblem<T>& p) {
   using Shared = SoftmaxPlainShared<Width>;
   constexpr int tokens = Shared::tokens, channels = Shared::channels, chunk_keys = Shared::keys;
   constexpr int side = 16, part = tokens / side;     // threads, and what each has, along either axis
@@ -73,6 +89,12 @@ static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2
   const Index b = group / heads, h = group % heads;
   const int x = static_cast<int>(threadIdx.x) % side, y = static_cast<int>(threadIdx.x) / side;
   const int queries = min(tokens, p.queries - first_query);
+
+  if constexpr (Guarded)
+    if (!p.hides(first_query, first_query + queries - 1) ||
+        !__syncthreads_or(
+            left_not_finite(p.out.at(b, first_query, h) + first_value, p.out.token, queries, values)))
+      return;
 
   float4 sums[part][column_groups] = {};  // rows part * y + i, channels 4 (x + side * j)
   float top[part], total[part];           // the running maximum, and this thread's sum
@@ -108,12 +130,14 @@ static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2
       const int query = first_query + part * y + i;
       const int seen = query < p.queries ? p.seen(query) : 0;
       float most = top[i];
+      [[maybe_unused]] bool hidden[part];
 #pragma unroll
       for (int j = 0; j < part; ++j) {
         const int key = first_key + x + side * j;
         const bool sees = key < seen;
         const float added = sees && p.bias.data != nullptr ? p.bias.at(b, query, h)[key] : 0.0f;
-        s[i][j] = sees ? fmaf(s[i][j], p.scale, added) : -INFINITY;
+        hidden[j] = !sees || (Guarded && added == -INFINITY);
+        s[i][j] = hidden[j] ? -INFINITY : fmaf(s[i][j], p.scale, added);
         most = fmaxf(most, s[i][j]);
       }
 #pragma unroll
@@ -126,7 +150,8 @@ static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2
       for (int j = 0; j < part; ++j) {
         const float weight = expf(s[i][j] - shift);
         sum += weight;
-        store(reinterpret_cast<float*>(shared.weights[part * y + i]) + x + side * j, weight);
+        store(reinterpret_cast<float*>(shared.weights[part * y + i]) + x + side * j,
+              Guarded && hidden[j] ? -1.0f : weight);
       }
       total[i] = fmaf(total[i], rescale, sum);
 #pragma unroll
@@ -157,7 +182,7 @@ static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2
           for (int n = 0; n < 4; ++n) {
             const float4 value = load<float4>(&shared.v[four + n][x + side * j]);
 #pragma unroll
-            for (int i = 0; i < part; ++i) add_scaled(sums[i][j], weights[i][n], value);
+            for (int i = 0; i < part; ++i) add_scaled<Guarded>(sums[i][j], weights[i][n], value);
           }
         }
       }
@@ -189,6 +214,21 @@ static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2
         if (column + n < values) out[column + n] = from_float<T>(four[n]);
     }
   }
+}
+
+// Grid: (tiles of queries * batch * heads, blocks of value channels).
+template <class T, int Width>
+static __global__ void __launch_bounds__(softmax_plain_threads, Width <= 128 ? 2 : 1)
+    softmax_plain_kernel(SoftmaxProblem<T> p) {
+  softmax_plain_tile<false, Width>(p);
+}
+
+// For values of any size. The grid is the same.
+inline constexpr int softmax_plain_guarded_width = 512;
+template <class T>
+static __global__ void __launch_bounds__(softmax_plain_threads)
+    softmax_plain_guarded_kernel(SoftmaxProblem<T> p) {
+  softmax_plain_tile<true, softmax_plain_guarded_width>(p);
 }
 
 }  // namespace detail::inline LINATTN_TARGET

@@ -61,16 +61,25 @@ template <class T>
 template <int Width, class T>
 [[nodiscard]] Status run_flash(const Cuda& ctx, Index groups, const SoftmaxProblem<T>& p) {
   using Tile = FlashTile<Width>;
-  return launch(ctx, "flash_mma", flash_mma_kernel<T, Width>,
-                Grid{.x = groups * ceil_div(p.queries, Tile::queries)}, Tile::threads,
-                sizeof(FlashShared<Width>), p);
+  constexpr int guarded = flash_guarded_width;
+  const Grid grid{.x = groups * ceil_div(p.queries, Tile::queries)};
+  const Status status = launch(ctx, "flash_mma", flash_mma_kernel<T, Width>, grid, Tile::threads,
+                               sizeof(FlashShared<Width>), p);
+  if (!status.ok() || !p.hides(0, p.queries - 1)) return status;
+  static_assert(Tile::queries == FlashTile<guarded>::queries);
+  return launch(ctx, "flash_guarded", flash_guarded_kernel<T>, grid, FlashTile<guarded>::threads,
+                sizeof(FlashShared<guarded>), p);
 }
 template <int Width, class T>
 [[nodiscard]] Status run_softmax_plain(const Cuda& ctx, Index groups, const SoftmaxProblem<T>& p) {
-  return launch(
-      ctx, "softmax_plain", softmax_plain_kernel<T, Width>,
-      Grid{.x = groups * ceil_div(p.queries, softmax_plain_tokens), .y = ceil_div(p.value_dim, Width)},
-      softmax_plain_threads, sizeof(SoftmaxPlainShared<Width>), p);
+  constexpr int guarded = softmax_plain_guarded_width;
+  Grid grid{.x = groups * ceil_div(p.queries, softmax_plain_tokens), .y = ceil_div(p.value_dim, Width)};
+  const Status status = launch(ctx, "softmax_plain", softmax_plain_kernel<T, Width>, grid,
+                               softmax_plain_threads, sizeof(SoftmaxPlainShared<Width>), p);
+  if (!status.ok() || !p.hides(0, p.queries - 1)) return status;
+  grid.y = ceil_div(p.value_dim, guarded);
+  return launch(ctx, "softmax_plain_guarded", softmax_plain_guarded_kernel<T>, grid, softmax_plain_threads,
+                sizeof(SoftmaxPlainShared<guarded>), p);
 }
 
 }  // namespace detail::inline LINATTN_TARGET

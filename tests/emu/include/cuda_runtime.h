@@ -45,6 +45,7 @@ namespace emu {
 
 // The place in the source is where the call returns to: callers are always inlined.
 void barrier();
+[[nodiscard]] bool barrier_any(bool vote);  // whether any thread of the block votes for it
 void warp_barrier();
 // All lanes of the warp give their arguments; when the last has come, `act` is called once for all of them, with null
 // for lanes that the block does not have. Its arguments may be read and written until then.
@@ -84,6 +85,7 @@ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
 }  // namespace emu
 
 __forceinline__ void __syncthreads() { emu::barrier(); }
+__forceinline__ int __syncthreads_or(int predicate) { return emu::barrier_any(predicate != 0) ? 1 : 0; }
 __forceinline__ void __syncwarp(unsigned = 0xffffffffu) { emu::warp_barrier(); }
 // `width` lanes are a group of their own; a lane that would read beyond it gets its own value.
 template <class T>
