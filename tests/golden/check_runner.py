@@ -1,6 +1,7 @@
 """Does the golden runner fail when it should? check_runner.py GOLDEN runs it on small cases, sound and broken."""
 
 import json
+import math
 import random
 import struct
 import subprocess
@@ -36,6 +37,37 @@ def norm_case(tokens=7, channels=3, eps=1.0):
         "grad.input": ([1, tokens, channels], y),
     }
     return tensors, {"op": "key_instance_norm", "eps": str(eps)}
+
+
+def conv_case(height, width, batch=1, channels=2):
+    """vittt_dwc3x3 on a grid of any size, by its formula."""
+    draw, scale, rate, tokens = random.Random(2), 1 / 3, 1.0, height * width
+    rounded = lambda *shape: [struct.unpack("<f", struct.pack("<f", draw.gauss(0, 1)))[0] for _ in range(math.prod(shape))]
+    q, k, v = (rounded(batch, tokens, channels) for _ in range(3))
+    w = rounded(channels, 9)
+    taps = [(i, j) for i in range(3) for j in range(3)]
+
+    def at(x, b, c, y, column):
+        return x[(b * tokens + y * width + column) * channels + c] if 0 <= y < height and 0 <= column < width else 0.0
+
+    places = [(y, x) for y in range(height) for x in range(width)]
+    gradients, updated, output = [], [], [0.0] * (batch * tokens * channels)
+    for b in range(batch):
+        for c in range(channels):
+            raw = [-scale / tokens * sum(at(v, b, c, y, x) * at(k, b, c, y + i - 1, x + j - 1) for y, x in places)
+                   for i, j in taps]
+            length = sum(g * g for g in raw) ** 0.5
+            g = [value / (length + 1) for value in raw]
+            kernel = [w[9 * c + n] - rate * g[n] for n in range(9)]
+            gradients += g
+            updated += kernel
+            for y, x in places:
+                output[(b * tokens + y * width + x) * channels + c] = sum(
+                    kernel[n] * at(q, b, c, y + i - 1, x + j - 1) for n, (i, j) in enumerate(taps))
+    shape, kernels = [batch, tokens, channels], [batch, channels, 3, 3]
+    tensors = {"q": (shape, q), "k": (shape, k), "v": (shape, v), "w": ([channels, 1, 3, 3], w), "output": (shape, output),
+               "mid.w": (kernels, updated), "mid.g": (kernels, gradients)}
+    return tensors, {"op": "vittt_dwc3x3", "scale": str(scale), "inner_lr": str(rate), "grid_h": str(height), "grid_w": str(width)}
 
 
 def main():
@@ -100,6 +132,33 @@ def main():
         run("another op, so that nothing ran", 1, "0 passed, 0 failed", good, "--ops=softmax_attention")
         run("an unknown op in --ops", 2, None, good, "--ops", "key_instance_norm,no_such_op")
         run("no path", 2, None)
+
+        def conv(name, change=lambda tensors, metadata: None, sizes=(4, 3)):
+            tensors, metadata = conv_case(*sizes)
+            change(tensors, metadata)
+            path = folder / f"conv{name}.safetensors"
+            write(path, tensors, metadata)
+            return path
+
+        for sizes in ((4, 3), (1, 1), (1, 5), (4, 1), (2, 2), (2, 7, 3), (3, 3, 2, 5)):
+            run(f"ttt_conv of {sizes}", 0, "1 passed, 0 failed", conv("good", sizes=sizes))
+        wrong = {
+            "a row of w is missing": lambda t, _: t.update({"w": ([1, 1, 3, 3], t["w"][1][:9])}),
+            "w of two axes": lambda t, _: t.update({"w": ([2, 9], t["w"][1])}),
+            "fewer keys": lambda t, _: t.update({"k": ([1, 11, 2], t["k"][1][:22])}),
+            "more values": lambda t, _: t.update({"v": ([1, 13, 2], t["v"][1] + [0.0, 0.0])}),
+            "keys of two axes": lambda t, _: t.update({"k": ([12, 2], t["k"][1])}),
+            "no queries": lambda t, _: t.update({"q": ([1, 0, 2], [])}),
+            "another batch of keys": lambda t, _: t.update({"k": ([2, 12, 2], t["k"][1] * 2)}),
+            "a key of NaN": lambda t, _: t["k"][1].__setitem__(3, float("nan")),
+            "a larger grid": lambda _, m: m.update({"grid_h": "5"}),
+            "a grid of NaN": lambda _, m: m.update({"grid_h": "nan"}),
+            "a grid of words": lambda _, m: m.update({"grid_w": "three"}),
+            "no grid": lambda _, m: m.pop("grid_w"),
+            "a gradient of another tap": lambda t, _: t["mid.g"][1].reverse(),
+        }
+        for index, (what, change) in enumerate(wrong.items()):
+            run(what, 1, "0 passed, 1 failed", conv(f"wrong{index}", change))
 
         cuda = "--context", "cuda"
         run("a sound case on cuda", 0, "1 passed, 0 failed", good, *cuda)

@@ -29,8 +29,8 @@ double to_number(std::string_view key, const std::string& text) {
   } catch (const std::exception&) {
     end = 0;
   }
-  if (text.empty() || end != text.size())
-    fail("metadata '" + std::string(key) + "': '" + text + "' is not a number");
+  if (text.empty() || end != text.size() || !std::isfinite(value))
+    fail("metadata '" + std::string(key) + "': '" + text + "' is not a finite number");
   return value;
 }
 
@@ -108,6 +108,8 @@ Tensor Case::read(std::string_view tensor) {
   });
   if (!known) fail("tensor '" + std::string(tensor) + "' is of type " + std::string(name(info.dtype)));
   if (!status.ok()) fail(message(status));
+  if (std::ranges::any_of(result.values, [](double value) { return std::isnan(value); }))
+    fail("tensor '" + std::string(tensor) + "' holds NaN");
   return result;
 }
 

@@ -37,7 +37,8 @@ template <class T>
 void check_picture(Case& c, const std::string& run, const sd35::VaeDecoder<T>& vae,
                    const sd35::VaeConfig& config) {
   if (!c.has("outx." + run + ".image") && !c.has("outx." + run + ".image_u8")) return;
-  sd35::Tensor<T> latent = tensor_of<T>(c.read("outx." + run + ".latent"));
+  sd35::Tensor<T> latent = tensor_of<T>(golden::read(
+      c, "outx." + run + ".latent", {golden::any, vae.latent_channels(), golden::any, golden::any}));
   for (T& value : span_of(latent))
     value = (value - static_cast<T>(config.shift)) * static_cast<T>(config.scaling);
   sd35::Runtime rt;
@@ -54,7 +55,7 @@ void check_picture(Case& c, const std::string& run, const sd35::VaeDecoder<T>& v
     const sd35::Image image = sd35::to_image<T>(
         {picture.data(), static_cast<std::size_t>(pixels.extent(1) * pixels.extent(2) * pixels.extent(3))},
         pixels.extent(2), pixels.extent(1), sd35::Rounding::down);
-    const double largest = *std::max_element(recorded.values.begin(), recorded.values.end());
+    const double largest = recorded.values.empty() ? 0 : *std::ranges::max_element(recorded.values);
     c.check(name, std::string(variant<T>) + ", within 1",
             golden::Tensor{{image.height, image.width, 3}, {image.rgb.begin(), image.rgb.end()}},
             {Norm::scaled_max, 1 / std::max(1.0, largest)});
@@ -73,14 +74,15 @@ void check_run(Case& c, const std::string& name, const nlohmann::json& run, cons
       sigmas(sd35::Scheduler::sd3, options.schedule, run.value("shift", c.number("shift", 3)));
   if (run.contains("denoise")) levels = sd35::remaining_sigmas(levels, run.at("denoise"));
 
-  const golden::Tensor recorded_noise = c.read("in.noise");
+  const sd35::MmditConfig& sizes = transformer.config();
+  const golden::Tensor recorded_noise = golden::read_latents(c, "in.noise", sizes);
   sd35::Tensor<T> noise = tensor_of<T>(recorded_noise), latent = sd35::Tensor<T>::zeros(noise.shape());
   // "in.x.latent (words)": what the sampler works on.
   if (const std::string init = run.value("init", ""); !init.empty())
-    latent = tensor_of<T>(c.read(init.substr(0, init.find(' '))));
+    latent = tensor_of<T>(golden::read(c, init.substr(0, init.find(' ')), recorded_noise.shape));
   sd35::add_noise<T>(levels[0], span_of(noise), span_of(latent));
-  sd35::Runtime rt;
-  sd35::sample<T>(rt, transformer, golden::conditioning<T>(c), levels, options, latent.template view<4>());
+  golden::sample_all<T>(transformer, golden::Prompts(c, recorded_noise.extent(0), sizes), levels, options,
+                        latent.template view<4>(), [](auto&&...) {});
 
   golden::Tensor result{recorded_noise.shape, {}};
   for (const T value : span_of(latent))

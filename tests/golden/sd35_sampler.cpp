@@ -1,5 +1,7 @@
 // Golden ops sampler, sampler_analytic, sigmas and tables: noise levels, guidance, integrators, noise.
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <string>
 #include <utility>
@@ -82,7 +84,10 @@ void run_tables(Case& c) {
       c.check(name, "float", golden::Tensor{{count}, {noise.begin(), noise.end()}}, {Norm::scaled_max, 3e-6});
     } else if (name == "out.t_freq" || name == "outx.t_freq") {
       const golden::Tensor times = c.read("in.t");
-      const std::size_t width = static_cast<std::size_t>(c.file().find(name)->shape.back());
+      const std::vector<Index>& shape = c.file().find(name)->shape;
+      const std::size_t width = shape.empty() ? 0 : static_cast<std::size_t>(shape.back());
+      if (width == 0 || width % 2 != 0)
+        throw std::runtime_error("tensor '" + name + "' has no even number of columns");
       std::vector<double> table(times.values.size() * width);
       for (std::size_t i = 0; i < times.values.size(); ++i)
         sd35::timestep_embedding<double>(times.values[i], std::span(table).subspan(i * width, width));
@@ -129,7 +134,8 @@ void run_sampler_as(Case& c, const sd35::Mmdit<T>& transformer) {
   options.cfg_scale = c.number("cfg_scale");
   options.skip_layers = golden::skip_layers(nlohmann::json::parse(c.meta("skip_layer_config", "{}")));
   const std::vector<double> levels =
-      sigmas(sd35::Scheduler::sd3, static_cast<int>(c.number("steps")), c.number("shift", 3));
+      sigmas(sd35::Scheduler::sd3, static_cast<int>(golden::integer(c, "steps", 1, sd35::max_steps)),
+             c.number("shift", 3));
   const std::vector<Index> count{static_cast<Index>(levels.size())};
   const Tolerance within = golden::sampler_tolerance<T>(options.method);
   for (const char* name : {"outx.sigmas", "out.sigmas"})
@@ -137,18 +143,23 @@ void run_sampler_as(Case& c, const sd35::Mmdit<T>& transformer) {
       c.check(name, variant, golden::Tensor{count, levels},
               {Norm::scaled_max, exact && name[3] == 'x' ? 1e-14 : 3e-7});
 
-  const golden::Tensor noise = c.read("in.noise");
+  const sd35::MmditConfig& config = transformer.config();
+  const golden::Tensor noise = golden::read_latents(c, "in.noise", config);
+  const golden::Prompts prompts(c, noise.extent(0), config);
   sd35::Tensor<T> latent(noise.shape);
   for (std::size_t i = 0; i < noise.values.size(); ++i)
     latent.data()[i] = static_cast<T>(levels[0] * noise.values[i]);
-  std::vector<double> inputs, denoised_steps;
-  sd35::Runtime rt;
-  sd35::sample<T>(rt, transformer, golden::conditioning<T>(c), levels, options, latent.template view<4>(),
-                  [&](int, std::span<const T> x, std::span<const T> denoised) {
-                    inputs.insert(inputs.end(), x.begin(), x.end());
-                    denoised_steps.insert(denoised_steps.end(), denoised.begin(), denoised.end());
-                  });
-  inputs.insert(inputs.end(), latent.data(), latent.data() + latent.elements());
+  // A row a step, of all latents.
+  const std::size_t row = noise.values.size(), one = row / static_cast<std::size_t>(noise.extent(0));
+  std::vector<double> inputs(levels.size() * row), denoised_steps((levels.size() - 1) * row);
+  golden::sample_all<T>(transformer, prompts, levels, options, latent.template view<4>(),
+                        [&](Index i, int step, std::span<const T> x, std::span<const T> denoised) {
+                          const auto at = static_cast<std::ptrdiff_t>(static_cast<std::size_t>(step) * row +
+                                                                      static_cast<std::size_t>(i) * one);
+                          std::copy(x.begin(), x.end(), inputs.begin() + at);
+                          std::copy(denoised.begin(), denoised.end(), denoised_steps.begin() + at);
+                        });
+  std::copy_n(latent.data(), row, inputs.end() - static_cast<std::ptrdiff_t>(row));
 
   const auto check_steps = [&](const char* name, const std::vector<double>& values, Index steps) {
     std::vector<Index> shape = noise.shape;

@@ -1,13 +1,20 @@
 // What the runners that sample share.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <span>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
+#include "expect.hpp"
 #include "golden.hpp"
+#include "sd35/mmdit.hpp"
 #include "sd35/pipeline.hpp"
 #include "sd35/sampler.hpp"
 
@@ -20,23 +27,74 @@ template <class T>
   return {Norm::scaled_max, method == sd35::Method::euler ? 2e-5 : 5e-5};
 }
 
-// Inputs in.cond.* and in.uncond.* as the pipeline stacks them.
-template <class T>
-[[nodiscard]] sd35::Conditioning<T> conditioning(Case& c) {
-  const auto stack = [&](const std::string& name) {
-    const golden::Tensor cond = c.read("in.cond." + name), uncond = c.read("in.uncond." + name);
-    std::vector<Index> shape = cond.shape;
-    if (name == "y") shape.insert(shape.begin() + 1, 1);
-    shape[0] = 2;
+// Inputs in.cond.* and in.uncond.*: of each latent of the batch, or of all of them alike.
+class Prompts {
+ public:
+  Prompts(Case& c, Index latents, const sd35::MmditConfig& config)
+      : context_(read(c, "context", {any, any, config.context_width})),
+        pooled_(read(c, "y", {any, config.pooled_width})) {
+    for (const Pair* pair : {&context_, &pooled_})
+      for (const Tensor& tensor : *pair)
+        if (tensor.shape != (*pair)[0].shape || (tensor.extent(0) != 1 && tensor.extent(0) != latents))
+          throw std::runtime_error("in.cond.* and in.uncond.* are not those of " + std::to_string(latents) +
+                                   " latents");
+  }
+
+  // As the pipeline stacks them.
+  template <class T>
+  [[nodiscard]] sd35::Conditioning<T> of(Index latent) const {
+    return {stack<T>(context_, latent, {2, context_[0].extent(1), context_[0].extent(2)}),
+            stack<T>(pooled_, latent, {2, 1, pooled_[0].extent(1)})};
+  }
+
+ private:
+  using Pair = std::array<Tensor, 2>;
+
+  [[nodiscard]] static Pair read(Case& c, const std::string& name, const std::vector<Index>& shape) {
+    return {golden::read(c, "in.cond." + name, shape), golden::read(c, "in.uncond." + name, shape)};
+  }
+  template <class T>
+  [[nodiscard]] static sd35::Tensor<T> stack(const Pair& pair, Index latent,
+                                             const std::vector<Index>& shape) {
     sd35::Tensor<T> result(shape);
-    const std::size_t n = cond.values.size();
-    for (std::size_t i = 0; i < n; ++i) {
-      result.data()[i] = static_cast<T>(cond.values[i]);
-      result.data()[n + i] = static_cast<T>(uncond.values.at(i));
+    T* to = result.data();
+    for (const Tensor& tensor : pair) {
+      const auto row = static_cast<Index>(tensor.values.size()) / tensor.extent(0);
+      const double* const from = tensor.values.data() + (tensor.extent(0) == 1 ? 0 : latent * row);
+      to = std::transform(from, from + row, to, [](double value) { return static_cast<T>(value); });
     }
     return result;
-  };
-  return {stack("context"), stack("y")};
+  }
+
+  Pair context_, pooled_;
+};
+
+// Reads what is sampled: (batch, channels, rows, columns), as the transformer takes it.
+[[nodiscard]] inline Tensor read_latents(Case& c, std::string_view name, const sd35::MmditConfig& config) {
+  Tensor latents = read(c, name, {any, config.in_channels, any, any});
+  for (const std::size_t axis : {2u, 3u})
+    if (latents.extent(axis) % config.patch != 0 ||
+        latents.extent(axis) / config.patch > config.position_grid)
+      throw std::runtime_error("tensor '" + std::string(name) + "' has " +
+                               std::to_string(latents.extent(axis)) +
+                               " rows or columns, expected a multiple of " + std::to_string(config.patch) +
+                               ", at most " + std::to_string(config.patch * config.position_grid));
+  return latents;
+}
+
+// Samples a batch, each latent on its own, in place. observe(latent, step, x, denoised).
+template <class T, class Observe>
+void sample_all(const sd35::Mmdit<T>& transformer, const Prompts& prompts, const std::vector<double>& levels,
+                const sd35::SamplingOptions& options, TensorView<T, 4> latents, const Observe& observe) {
+  for (const int layer : options.skip_layers.layers)
+    if (options.skip_layers.scale != 0 && (layer < 0 || layer >= transformer.config().depth))
+      throw std::runtime_error("skip-layer guidance names block " + std::to_string(layer) + " of " +
+                               std::to_string(transformer.config().depth));
+  sd35::Runtime rt;
+  for (Index i = 0; i < latents.extent(0); ++i)
+    sd35::sample<T>(
+        rt, transformer, prompts.of<T>(i), levels, options, slice<0>(latents, i, 1),
+        [&](int step, std::span<const T> x, std::span<const T> denoised) { observe(i, step, x, denoised); });
 }
 
 // {"scale", "start", "end", "layers"}, or nothing.

@@ -1,10 +1,11 @@
 // Golden cases of ViT3: its inner convolution, and its layer.
+#include <algorithm>
 #include <array>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "expect.hpp"
 #include "host.hpp"
 
 namespace {
@@ -28,21 +29,32 @@ Buffer<T, 4> convolved(const std::array<TensorView<const double, 4>, 3>& qkv,
 }
 
 // The updated kernels [b, channels, 3, 3] of one head: queries that are 1 at one token and 0 at the others read them.
+// Tokens that the grid does not have leave a tap as it was.
 template <class T>
 Buffer<T, 4> learned(const TensorView<const double, 4>& k, const TensorView<const double, 4>& v,
                      const TensorView<const double, 4>& weight, const TttConvOptions& options,
                      Layout layout) {
   const TokenGrid& grid = options.grid;
-  if (grid.height < 3 || grid.width < 3) throw std::runtime_error("a grid that is smaller than the kernel");
-  Buffer<double, 4> impulse(k.extents);
-  support::fill(impulse.view(), 0.0);
-  for (Index b = 0; b < k.extent(0); ++b)
-    for (Index c = 0; c < k.extent(3); ++c) impulse.view()(b, grid.width + 1, 0, c) = 1.0;
-  const Buffer<T, 4> out = convolved<T>({impulse.view(), k, v}, weight, options, layout);
+  require(detail::check_whole_grid(grid, k.extent(1)));
   Buffer<T, 4> kernels({k.extent(0), k.extent(3), 3, 3});
-  support::for_each_index(kernels.view().extents, [&](const auto& i) {
-    support::element(kernels.view(), i) = out.view()(i[0], (2 - i[2]) * grid.width + 2 - i[3], 0, i[1]);
-  });
+  const auto before = rounded<T>(weight);
+  for (Index row = 0; row < std::min(grid.height, Index{2}); ++row)
+    for (Index column = 0; column < std::min(grid.width, Index{2}); ++column) {
+      Buffer<double, 4> impulse(k.extents);
+      support::fill(impulse.view(), 0.0);
+      for (Index b = 0; b < k.extent(0); ++b)
+        for (Index c = 0; c < k.extent(3); ++c) impulse.view()(b, row * grid.width + column, 0, c) = 1.0;
+      const Buffer<T, 4> out = convolved<T>({impulse.view(), k, v}, weight, options, layout);
+      support::for_each_index(kernels.view().extents, [&](const auto& i) {
+        const auto [b, c, y, x] = i;
+        const Index to_row = row + 1 - y,
+                    to_column = column + 1 - x;  // what sees the impulse through this tap
+        if (to_row >= 0 && to_row < grid.height && to_column >= 0 && to_column < grid.width)
+          kernels.view()(b, c, y, x) = out.view()(b, to_row * grid.width + to_column, 0, c);
+        else if (row == 0 && column == 0)
+          kernels.view()(b, c, y, x) = before.view()(c, 0, y, x);
+      });
+    }
   return kernels;
 }
 
@@ -56,7 +68,8 @@ void check_learned(Case& c, const std::string& suffix, const std::string& run, c
 }
 
 void run_conv(Case& c) {
-  const Tensor q = c.read("q"), k = c.read("k"), v = c.read("v"), weight = c.read("w");
+  const Tensor q = read(c, "q", {any, any, any}), k = read(c, "k", q.shape), v = read(c, "v", q.shape),
+               weight = read(c, "w", {q.extent(2), 1, 3, 3});
   const std::array<TensorView<const double, 4>, 3> qkv = {one_head(q.view<3>()), one_head(k.view<3>()),
                                                           one_head(v.view<3>())};
   const TttConvOptions options{grid_of(c), c.number("scale"), c.number("inner_lr")};
@@ -89,14 +102,18 @@ struct Parameters {
 };
 
 Parameters read_parameters(Case& c) {
-  return {c.read("input"),
-          c.read("param.qkv.weight"),
-          c.read("param.qkv.bias"),
-          c.read("param.proj.weight"),
-          c.read("param.proj.bias"),
-          c.read("param.w3"),
-          read_matrices(c, "param.", 2, "21"),
-          {static_cast<Index>(c.number("heads")), grid_of(c), c.number("inner_lr"), c.number("scale")}};
+  const Index heads = integer(c, "heads", 1, 4096);
+  const std::vector<Tensor> matrices = read_matrices(c, "param.", 2, "21");
+  const Index d = matrices[0].extent(1), channels = heads * d, rows = 3 * channels + 3 * d;
+  const Tensor input = read(c, "input", {any, any, any});
+  return {input,
+          read(c, "param.qkv.weight", {rows, input.extent(2)}),
+          read(c, "param.qkv.bias", {rows}),
+          read(c, "param.proj.weight", {any, channels + d}),
+          read(c, "param.proj.bias", {any}),
+          read(c, "param.w3", {d, 1, 3, 3}),
+          matrices,
+          {heads, grid_of(c), c.number("inner_lr"), c.number("scale")}};
 }
 
 // The parameters rounded to T.
