@@ -136,8 +136,8 @@ void TimmConfig::check_arguments(const VitConfig& model) const {
   for (const auto& [key, value] : arguments.items()) {
     const std::string name = "model_args." + key;
     if (value.is_null() || holds(idle_arguments, key)) continue;
-    const auto* const size =
-        std::find_if(std::begin(sizes), std::end(sizes), [&](const auto& s) { return s.first == key; });
+    const auto* const size = std::find_if(std::begin(sizes), std::end(sizes),
+                                          [&argument = key](const auto& s) { return s.first == argument; });
     if (key == "global_pool") {
       check_pooling(name, value, model);
     } else if (key == "img_size" || key == "patch_size") {
