@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "nn/small_file.hpp"
+#include "nn/text.hpp"
 
 namespace deit {
 namespace {
@@ -100,7 +101,7 @@ void TimmConfig::refuse(const std::string& key, const json& value, const std::st
   std::string said = value.dump(-1, ' ', false, json::error_handler_t::replace);
   if (said.size() > most) said = said.substr(0, most) + "...";
   fail(checkpoint_.path().parent_path() / "config.json",
-       "'" + key + "' is " + said + ", expected " + expected);
+       "'" + printable(key) + "' is " + printable(said) + ", expected " + expected);
 }
 
 void TimmConfig::check(const VitConfig& model) const {
