@@ -70,6 +70,18 @@ def conv_case(height, width, batch=1, channels=2):
     return tensors, {"op": "vittt_dwc3x3", "scale": str(scale), "inner_lr": str(rate), "grid_h": str(height), "grid_w": str(width)}
 
 
+def zeros(*shape):
+    return list(shape), [0.0] * math.prod(shape)
+
+
+def text_case():
+    """A t5_encoder of zeros without blocks, and the embedding's third row."""
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    tensors = {"shared.weight": zeros(5, 4), bias: zeros(32, 2), "encoder.final_layer_norm.weight": zeros(4),
+               "in.tokens": ([1, 3], [2.0, 0.0, 4.0]), "out.hidden": zeros(1, 3, 4)}
+    return tensors, {"op": "t5_encoder"}
+
+
 def main():
     golden = sys.argv[1]
     failures = []
@@ -159,6 +171,22 @@ def main():
         }
         for index, (what, change) in enumerate(wrong.items()):
             run(what, 1, "0 passed, 1 failed", conv(f"wrong{index}", change))
+
+        path = folder / "text.safetensors"
+        write(path, *text_case())
+        run("a sound text case", 0, "1 passed, 0 failed", path)
+        for sentence, change in {
+            "'in.tokens' holds 1.5": lambda t: t["in.tokens"][1].__setitem__(1, 1.5),
+            "'in.tokens' holds 1000000015": lambda t: t["in.tokens"][1].__setitem__(1, 1e30),
+            "token id 5, but the table has 5 rows": lambda t: t["in.tokens"][1].__setitem__(1, 5.0),
+            "'in.tokens' has shape [3], expected [any, any]": lambda t: t["in.tokens"][0].pop(0),
+        }.items():
+            tensors, metadata = text_case()
+            change(tensors)
+            write(path, tensors, metadata)
+            said = run(sentence, 1, "0 passed, 1 failed", path).stdout
+            if sentence not in said:
+                failures.append(f"expected '{sentence}' in: {said}")
 
         cuda = "--context", "cuda"
         run("a sound case on cuda", 0, "1 passed, 0 failed", good, *cuda)

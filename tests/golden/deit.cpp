@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "deit/vit.hpp"
+#include "expect.hpp"
 #include "golden.hpp"
 
 namespace {
@@ -22,13 +23,12 @@ void run_as(Case& c, const deit::Checkpoint& checkpoint) {
   const bool exact = std::is_same_v<T, double>;
   const char* const variant = exact ? "double" : "float";
   const golden::Tolerance tolerance{Norm::relative_l2, exact ? 1.5e-7 : 2e-6};
-  const deit::Vit<T> model(checkpoint, static_cast<Index>(c.number("heads")));
+  const deit::Vit<T> model(checkpoint, golden::extent(c, "heads"));
   const deit::VitConfig& config = model.config();
-  c.expect(config.depth == static_cast<Index>(c.number("depth")) &&
-               config.width == static_cast<Index>(c.number("embed_dim")) &&
-               config.patch == static_cast<Index>(c.number("patch_size")) &&
-               config.grid == static_cast<Index>(c.number("grid_h")) &&
-               config.classes == static_cast<Index>(c.number("num_classes")) && config.special == 0 &&
+  c.expect(config.depth == golden::extent(c, "depth") && config.width == golden::extent(c, "embed_dim") &&
+               config.patch == golden::extent(c, "patch_size") &&
+               config.grid == golden::extent(c, "grid_h") &&
+               config.classes == golden::extent(c, "num_classes") && config.special == 0 &&
                model.converted_blocks() == config.depth,
            "sizes from the shapes");
 

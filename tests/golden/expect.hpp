@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -12,6 +14,7 @@
 namespace golden {
 
 inline constexpr Index any = -1;  // extent
+inline constexpr Index largest_extent = 1 << 20;
 
 // Reads a tensor. Throws when its shape is another.
 [[nodiscard]] inline Tensor read(Case& c, std::string_view name, const std::vector<Index>& shape) {
@@ -30,6 +33,20 @@ inline constexpr Index any = -1;  // extent
                            ", expected " + text(shape));
 }
 
+// Reads whole numbers, such as ids.
+[[nodiscard]] inline std::vector<std::int32_t> read_integers(Case& c, std::string_view name,
+                                                             const std::vector<Index>& shape) {
+  const Tensor tensor = read(c, name, shape);
+  std::vector<std::int32_t> result;
+  for (const double value : tensor.values) {
+    if (!(std::abs(value) <= std::numeric_limits<std::int32_t>::max()) || value != std::floor(value))
+      throw std::runtime_error("tensor '" + std::string(name) + "' holds " + std::to_string(value) +
+                               ", expected whole numbers of 32 bits");
+    result.push_back(static_cast<std::int32_t>(value));
+  }
+  return result;
+}
+
 // A whole number of the metadata.
 [[nodiscard]] inline Index integer(const Case& c, std::string_view key, Index least, Index most) {
   const double value = c.number(key);
@@ -38,6 +55,11 @@ inline constexpr Index any = -1;  // extent
   throw std::runtime_error("metadata '" + std::string(key) + "' is " + c.meta(key) +
                            ", expected a whole number from " + std::to_string(least) + " to " +
                            std::to_string(most));
+}
+
+// A count or a size of the metadata, small enough that products of two are no overflow.
+[[nodiscard]] inline Index extent(const Case& c, std::string_view key) {
+  return integer(c, key, 1, largest_extent);
 }
 
 }  // namespace golden

@@ -92,10 +92,12 @@ void run_as(Case& c, const sd35::Checkpoint& checkpoint, const sd35::MmditConfig
   const char* const variant = golden::variant<T>;
   constexpr bool exact = std::is_same_v<T, double>;
   sd35::Runtime rt;
-  const sd35::Tensor<T> x = golden::load<T>(c, "in.x"), y = golden::load<T>(c, "in.y"),
-                        context = golden::load<T>(c, "in.context");
-  const golden::Tensor times = c.read("in.t");
-  const Index count = static_cast<Index>(times.values.size()), time_width = model.config().time_width;
+  const sd35::Tensor<T> x = golden::rounded<T>(golden::read_latents(c, "in.x", config));
+  const Index count = x.extent(0), time_width = config.time_width;
+  const sd35::Tensor<T> y = golden::load<T>(c, "in.y", {count, config.pooled_width}),
+                        context =
+                            golden::load<T>(c, "in.context", {count, golden::any, config.context_width});
+  const golden::Tensor times = golden::read(c, "in.t", {count});
   sd35::Tensor<T> own({count, time_width});
   for (Index i = 0; i < count; ++i)
     sd35::timestep_embedding<T>(times.values[static_cast<std::size_t>(i)],
@@ -151,7 +153,7 @@ void run_as(Case& c, const sd35::Checkpoint& checkpoint, const sd35::MmditConfig
   forward(own_sinusoid, "midx.", "outx.", 1e-11);
   if (c.has("mid.t_freq")) {
     c.check("mid.t_freq", variant, own_sinusoid, sinusoid_error);
-    const sd35::Tensor<T> official = golden::load<T>(c, "mid.t_freq");
+    const sd35::Tensor<T> official = golden::load<T>(c, "mid.t_freq", {count, time_width});
     forward(official.template view<2>(), "mid.", "out.", 1e-11);
   } else {
     forward(own_sinusoid, "mid.", "out.", 1e-5);

@@ -1,11 +1,16 @@
 // The transformer of a case.
 #pragma once
 
+#include <cstddef>
+#include <stdexcept>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
+#include "expect.hpp"
 #include "golden.hpp"
 #include "sd35/mmdit.hpp"
 #include "sd35_parameters.hpp"
@@ -32,6 +37,16 @@ inline sd35::MmditConfig transformer_config(const sd35::Checkpoint& checkpoint, 
   config.context_width = json.value("context_in", config.context_width);
   config.pooled_width = json.value("adm_in_channels", config.pooled_width);
   if (json.contains("qk_norm")) config.qk_norm = json["qk_norm"] == "rms";
+  for (const auto& [name, value] : {std::pair{"depth", config.depth},
+                                    {"heads", config.heads},
+                                    {"patch", config.patch},
+                                    {"pos_embed_max_size", config.position_grid}})
+    if (value < 1 || value > largest_extent)
+      throw std::runtime_error(std::string("metadata 'config': ") + name + " is " + std::to_string(value) +
+                               ", expected 1 to " + std::to_string(largest_extent));
+  if (config.width % config.heads != 0)
+    throw std::runtime_error("metadata 'config': " + std::to_string(config.width) +
+                             " channels do not divide into " + std::to_string(config.heads) + " heads");
   config.dual.resize(static_cast<std::size_t>(config.depth));
   if (json.contains("x_block_self_attn_layers")) {
     config.dual.assign(config.dual.size(), false);
@@ -39,6 +54,19 @@ inline sd35::MmditConfig transformer_config(const sd35::Checkpoint& checkpoint, 
       config.dual.at(layer) = true;
   }
   return config;
+}
+
+// Reads latents (batch, channels, rows, columns) that the transformer takes.
+[[nodiscard]] inline Tensor read_latents(Case& c, std::string_view name, const sd35::MmditConfig& config) {
+  Tensor latents = read(c, name, {any, config.in_channels, any, any});
+  for (const std::size_t axis : {2u, 3u})
+    if (latents.extent(axis) % config.patch != 0 ||
+        latents.extent(axis) / config.patch > config.position_grid)
+      throw std::runtime_error("tensor '" + std::string(name) + "' has " +
+                               std::to_string(latents.extent(axis)) +
+                               " rows or columns, expected a multiple of " + std::to_string(config.patch) +
+                               ", at most " + std::to_string(config.patch * config.position_grid));
+  return latents;
 }
 
 }  // namespace golden

@@ -69,19 +69,6 @@ class Prompts {
   Pair context_, pooled_;
 };
 
-// Reads what is sampled: (batch, channels, rows, columns), as the transformer takes it.
-[[nodiscard]] inline Tensor read_latents(Case& c, std::string_view name, const sd35::MmditConfig& config) {
-  Tensor latents = read(c, name, {any, config.in_channels, any, any});
-  for (const std::size_t axis : {2u, 3u})
-    if (latents.extent(axis) % config.patch != 0 ||
-        latents.extent(axis) / config.patch > config.position_grid)
-      throw std::runtime_error("tensor '" + std::string(name) + "' has " +
-                               std::to_string(latents.extent(axis)) +
-                               " rows or columns, expected a multiple of " + std::to_string(config.patch) +
-                               ", at most " + std::to_string(config.patch * config.position_grid));
-  return latents;
-}
-
 // Samples a batch, each latent on its own, in place. observe(latent, step, x, denoised).
 template <class T, class Observe>
 void sample_all(const sd35::Mmdit<T>& transformer, const Prompts& prompts, const std::vector<double>& levels,

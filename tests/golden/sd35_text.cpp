@@ -1,9 +1,12 @@
 // clip_text and t5_encoder: token ids in, features and layers out. Tensors come in sets, `in.tokens77` with
 // `out.hidden77` and `mid77.block0`; the suffix may be empty.
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "expect.hpp"
 #include "golden.hpp"
 #include "sd35.hpp"
 #include "sd35/clip_text.hpp"
@@ -29,10 +32,8 @@ std::vector<Tokens> token_sets(Case& c) {
   std::vector<Tokens> sets;
   for (const std::string& name : c.names())
     if (name.starts_with(prefix)) {
-      const golden::Tensor tokens = c.read(name);
-      Tokens set{name.substr(prefix.size()), tokens.extent(0), {}};
-      for (const double id : tokens.values) set.ids.push_back(static_cast<std::int32_t>(id));
-      sets.push_back(std::move(set));
+      std::vector<std::int32_t> ids = golden::read_integers(c, name, {golden::any, golden::any});
+      sets.push_back({name.substr(prefix.size()), c.file().find(name)->shape[0], std::move(ids)});
     }
   if (sets.empty()) throw std::runtime_error("tensor 'in.tokens' is missing");
   return sets;
@@ -66,6 +67,9 @@ void run_clip(Case& c) {
   const nlohmann::json json = parameters.config();
   sd35::ClipConfig config = sd35::ClipConfig::of(checkpoint, component);
   config.heads = json.value("num_attention_heads", config.heads);
+  if (config.heads < 1 || config.width % config.heads != 0)
+    throw std::runtime_error("metadata 'config': " + std::to_string(config.width) +
+                             " channels do not divide into " + std::to_string(config.heads) + " heads");
   const std::string activation = json.value("hidden_act", large ? "quick_gelu" : "gelu");
   config.activation = sd35::clip_activation(activation);
   const sd35::ClipText<T> model(checkpoint, config);
@@ -106,9 +110,9 @@ void run_t5_encoder(Case& c) {
   if (c.has(shared) && c.has(embedding))
     c.expect(c.read(shared).values == c.read(embedding).values, "both copies of the embedding are equal");
   if (c.has("out.rel")) {
-    golden::Tensor buckets = c.read("out.rel");
-    for (double& value : buckets.values)
-      value = static_cast<double>(sd35::t5_bucket(static_cast<Index>(value)));
+    golden::Tensor buckets{c.file().find("out.rel")->shape, {}};
+    for (const std::int32_t distance : golden::read_integers(c, "out.rel", {golden::any}))
+      buckets.values.push_back(static_cast<double>(sd35::t5_bucket(distance)));
     c.check("out.rel_bucket", "exact", buckets, {golden::Norm::scaled_max, 0.0});
   }
 }
