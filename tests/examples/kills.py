@@ -157,7 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=pathlib.Path)
     for name in ("stop_at", "inherit", "sd35", "dit"):
-        parser.add_argument(name, type=pathlib.Path)
+        parser.add_argument(name, type=lambda path: pathlib.Path(path).resolve())
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
