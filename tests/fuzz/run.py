@@ -19,14 +19,14 @@ SEEDS = pathlib.Path(__file__).resolve().parent / "corpus"
 LIMITS = ["-timeout=60", "-rss_limit_mb=2048", "-malloc_limit_mb=1024"]
 
 
-def fuzz(program, seconds, work):
+def fuzz(program, seconds, seed, work):
     name = program.name.removeprefix("fuzz_")
     corpus = work / name / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     seeds = [str(SEEDS / name)] if (SEEDS / name).is_dir() else []
     before = set(work.glob(f"{name}/*-*"))
     with open(work / name / "log", "w") as log:
-        code = subprocess.run([program, f"-max_total_time={seconds}", *LIMITS, "-print_final_stats=1", "-max_len=4096", "-len_control=0", f"-dict={SEEDS.parent / 'words.dict'}",
+        code = subprocess.run([program, f"-max_total_time={seconds}", f"-seed={seed}", *LIMITS, "-print_final_stats=1", "-max_len=4096", "-len_control=0", f"-dict={SEEDS.parent / 'words.dict'}",
                                f"-artifact_prefix={work / name}/", corpus, *seeds],
                               stdout=log, stderr=subprocess.STDOUT).returncode
     text = (work / name / "log").read_text(errors="replace")
@@ -52,6 +52,7 @@ def main():
     parser.add_argument("build", type=pathlib.Path)
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0, help="of libFuzzer's random numbers; 0: another one each time")
     parser.add_argument("--minimise", action="store_true")
     parser.add_argument("-j", "--jobs", type=int, default=len(os.sched_getaffinity(0)))
     a = parser.parse_intermixed_args()
@@ -67,7 +68,7 @@ def main():
         return
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
-        for result in pool.map(lambda p: fuzz(p, a.seconds, work), chosen):
+        for result in pool.map(lambda p: fuzz(p, a.seconds, a.seed, work), chosen):
             print("{name:20} {executions:>10} executions, {rate:>6}/s, {coverage:>6} edges: ".format(**result)
                   + ("FAILED" if result["failed"] else "nothing found"), flush=True)
             if result["failed"]:

@@ -28,11 +28,12 @@ namespace detail::inline LINATTN_TARGET {
 // At most 32 chunks, so that the scratch does not grow with the tokens; at least 128 tokens each.
 inline constexpr Index stats_tile = 8;
 [[nodiscard]] constexpr Index stats_chunk(Index tokens) {
-  const Index thirty_second = (tokens + 31) / 32;
+  const Index thirty_second = tokens / 32 + (tokens % 32 != 0 ? 1 : 0);  // no sum that overflows
   return std::max<Index>(128, (thirty_second + stats_tile - 1) / stats_tile * stats_tile);
 }
 [[nodiscard]] constexpr Index stats_chunks(Index tokens) {
-  return (tokens + stats_chunk(tokens) - 1) / stats_chunk(tokens);
+  const Index chunk = stats_chunk(tokens);
+  return tokens / chunk + (tokens % chunk != 0 ? 1 : 0);
 }
 
 template <class C>

@@ -41,7 +41,7 @@ template <ParallelPolicy P, Storage T, class W>
   if (!status.ok()) return status;
   const Index tokens = x.extent(1), heads = x.extent(2);
   constexpr Index chunk = 16;
-  const Index chunks = (tokens + chunk - 1) / chunk;
+  const Index chunks = tokens / chunk + (tokens % chunk != 0 ? 1 : 0);
   ctx.parallel.run(x.extent(0) * chunks, [&](Index task, Index) {
     const Index b = task / chunks, first = task % chunks * chunk;
     for (Index n = first; n < std::min(first + chunk, tokens); ++n)
