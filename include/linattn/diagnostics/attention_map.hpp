@@ -131,7 +131,7 @@ template <class Model, class T, class W>
   return first_failure(check_map(q, k, out, options.queries), check_ttt_keys(k, v, options.ttt),
                        check_ttt_weights<Model>(weights, k.extent(2), k.extent(3)),
                        check_ttt_conv(Side::q, prologue.q_conv, prologue.q_conv_bias, prologue.grid,
-                                      q.extent(2) * q.extent(3), q.extent(1)));
+                                      product(q.extent(2), q.extent(3)), q.extent(1)));
 }
 
 }  // namespace detail::inline LINATTN_TARGET

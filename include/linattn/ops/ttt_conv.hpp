@@ -54,7 +54,7 @@ template <class T, class W>
       expect_equal(batch, out.extent(0), "out, batch"), expect_equal(tokens, out.extent(1), "out, tokens"),
       expect_equal(heads, out.extent(2), "out, heads"),
       expect_equal(channels, out.extent(3), "out, channels"),
-      expect_equal(heads * channels, weight.extent(0), "weight, channels"),
+      expect_equal(product(heads, channels), weight.extent(0), "weight, channels"),
       expect_equal(1, weight.extent(1), "weight, inputs a channel"),
       expect_equal(3, weight.extent(2), "weight, kernel rows"),
       expect_equal(3, weight.extent(3), "weight, kernel columns"), check_whole_grid(options.grid, tokens));
