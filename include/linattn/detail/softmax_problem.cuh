@@ -28,9 +28,7 @@ struct SoftmaxProblem {
   bool quads;  // four neighbouring channels of out may be stored at once
 
   // Query i sees the keys [0, seen(i)), an empty range included.
-  [[nodiscard]] LINATTN_HD int seen(int query) const {
-    return max(0, min(keys, query + diagonal + 1));
-  }
+  [[nodiscard]] LINATTN_HD int seen(int query) const { return max(0, min(keys, query + diagonal + 1)); }
   // The same where a bias may hide keys, too; `row` is that of the query, or null.
   [[nodiscard]] __device__ __forceinline__ bool sees(int query, const float* row, int key) const {
     return query < queries && key < seen(query) && (row == nullptr || row[key] != -INFINITY);
