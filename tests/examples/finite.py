@@ -7,13 +7,13 @@ import json
 import pathlib
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 
+from commands import check, failures, run
+
 inherit, sd35, demo, deit, dit, attention_map = (pathlib.Path(p) for p in sys.argv[2:8])
 data = pathlib.Path(sys.argv[1])
-failures = []
 
 BITS = {  # Inf, -Inf and NaN of each type, little endian
     "F16": (b"\x00\x7c", b"\x00\xfc", b"\x01\x7e"),
@@ -22,16 +22,6 @@ BITS = {  # Inf, -Inf and NaN of each type, little endian
     "F8_E4M3": (b"\x7f", b"\xff", b"\x7f"),  # NaN alone
 }
 INF, MINUS_INF, NAN = range(3)
-
-
-def check(what: str, ok: bool, detail: str = "") -> None:
-    print(f"{'ok  ' if ok else 'FAIL'} {what}" + ("" if ok else f"\n{detail}"), flush=True)
-    if not ok:
-        failures.append(what)
-
-
-def run(*command) -> subprocess.CompletedProcess:
-    return subprocess.run([str(c) for c in command], text=True, capture_output=True, timeout=120)
 
 
 def header(path: pathlib.Path) -> tuple[dict, int]:

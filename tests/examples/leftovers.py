@@ -6,23 +6,13 @@ import json
 import pathlib
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 
+from commands import check, failures, run
+
 inherit, sd35, demo, deit, dit, attention_map = (pathlib.Path(p) for p in sys.argv[2:8])
 data = pathlib.Path(sys.argv[1])
-failures = []
-
-
-def check(what: str, ok: bool, detail: str = "") -> None:
-    print(f"{'ok  ' if ok else 'FAIL'} {what}" + ("" if ok else f"\n{detail}"), flush=True)
-    if not ok:
-        failures.append(what)
-
-
-def run(*command) -> subprocess.CompletedProcess:
-    return subprocess.run([str(c) for c in command], text=True, capture_output=True, timeout=120)
 
 
 def read(path: pathlib.Path) -> tuple[dict, bytes]:
