@@ -78,6 +78,8 @@ std::vector<Bad> bad_files() {
        "duplicate key 't'"},
       {"duplicate key", encode(one(R"({"dtype":"F32","dtype":"F16","shape":[4],"data_offsets":[0,16]})"), 16),
        "duplicate key 'dtype'"},
+      {"duplicate key with a line end", encode(R"({"a\nb\u007f":{},"a\nb\u007f":{}})", 0),
+       "duplicate key 'a?b?'"},
       // The metadata.
       {"metadata is an array", encode(R"({"__metadata__":[]})", 0), "__metadata__ is not an object"},
       {"metadata holds a number", encode(R"({"__metadata__":{"a":1}})", 0), "'a' is not a string"},

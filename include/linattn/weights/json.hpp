@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <linattn/version.hpp>
+#include <linattn/weights/file_status.hpp>
 #include <nlohmann/json.hpp>
 
 LINATTN_BEGIN
@@ -77,7 +78,7 @@ class StrictJsonBuilder {
     error_ = std::move(why);
     return false;
   }
-  bool duplicate(const std::string& name) { return fail("duplicate key '" + name.substr(0, 200) + "'"); }
+  bool duplicate(const std::string& name) { return fail("duplicate key '" + printable(name) + "'"); }
   bool unique_keys([[maybe_unused]] const Json& object) {
     if constexpr (keeps_order) {
       std::vector<const std::string*> keys;
