@@ -22,6 +22,7 @@
 #include "nn/text.hpp"
 #include "nn/threads.hpp"
 #include "pipeline.hpp"
+#include "prompt_file.hpp"
 
 namespace {
 

@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <map>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -15,7 +14,6 @@
 #include "nn/finite.hpp"
 #include "nn/resize.hpp"
 #include "nn/small_file.hpp"
-#include "nn/text.hpp"
 #include "t5_encoder.hpp"
 #include "vae.hpp"
 
@@ -369,21 +367,6 @@ Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions&
   make_pictures(rt, files, options, std::span(&subject, 1), progress,
                 [&](Picture picture) { result = std::move(picture); });
   return result;
-}
-
-std::vector<std::string> read_prompts(const fs::path& path) {
-  constexpr std::size_t limit = 16 << 20;
-  constexpr std::string_view blanks = " \t\r";
-  std::istringstream text(checked_text(
-      read_small_file(path, limit, "a list of prompts", linattn::SmallFile::or_unnamed_pipe), path));
-  std::vector<std::string> prompts;
-  for (std::string line; std::getline(text, line);) {
-    const std::size_t first = line.find_first_not_of(blanks);
-    if (first == std::string::npos || line[first] == '#') continue;
-    prompts.push_back(line.substr(first, line.find_last_not_of(blanks) - first + 1));
-  }
-  if (prompts.empty()) fail(path, "holds no prompt");
-  return prompts;
 }
 
 fs::path output_path(const fs::path& pattern, std::size_t index, std::size_t count) {

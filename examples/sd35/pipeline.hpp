@@ -122,10 +122,6 @@ void make_pictures(Runtime& rt, const ModelFiles& files, const PictureOptions& o
 [[nodiscard]] Picture make_picture(Runtime& rt, const ModelFiles& files, const PictureOptions& options,
                                    const Progress& progress = {});
 
-/// The prompts of a text file, a line each: without blanks around them, empty lines, and lines that begin with #.
-/// Throws std::runtime_error that names the file where there is none.
-[[nodiscard]] std::vector<std::string> read_prompts(const std::filesystem::path& path);
-
 /// The file of picture `index` of `count`: `pattern` itself for a single one; else with the index, from 0, in the
 /// place of a %d or %03d in the file's name, or as _000 before the extension.
 [[nodiscard]] std::filesystem::path output_path(const std::filesystem::path& pattern, std::size_t index,

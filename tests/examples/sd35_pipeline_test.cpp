@@ -16,6 +16,7 @@
 #include <linattn/weights/inherit.hpp>
 #include <linattn/weights/safetensors.hpp>
 
+#include "sd35/prompt_file.hpp"
 #include "sd35_files.hpp"
 #include "support.hpp"
 
