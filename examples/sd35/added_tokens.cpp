@@ -10,6 +10,12 @@ constexpr std::size_t no_prefix = static_cast<std::size_t>(-1);
 
 }  // namespace
 
+void check_length(std::string_view prompt, std::size_t most) {
+  if (prompt.size() > most)
+    throw std::runtime_error("the prompt has " + std::to_string(prompt.size()) + " bytes; at most " +
+                             std::to_string(most) + " are taken");
+}
+
 AddedTokens::AddedTokens(std::vector<std::pair<std::string, std::int32_t>> tokens) {
   std::stable_sort(tokens.begin(), tokens.end(),
                    [](const auto& a, const auto& b) { return a.first < b.first; });

@@ -1,4 +1,4 @@
-// Tokens that are looked for in a text as they stand, before anything else is done to it.
+// What the tokenizers do with a prompt before anything else: its length, and tokens that are looked for as they stand.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,9 @@
 #include <vector>
 
 namespace sd35 {
+
+/// Throws std::runtime_error where a prompt has more than `most` bytes.
+void check_length(std::string_view prompt, std::size_t most);
 
 class AddedTokens {
  public:

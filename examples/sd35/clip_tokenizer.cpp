@@ -529,9 +529,7 @@ void ClipTokenizer::append_bpe(std::string_view piece, std::vector<std::int32_t>
 }
 
 std::vector<std::int32_t> ClipTokenizer::encode(std::string_view text) const {
-  if (text.size() > max_text_bytes)
-    throw std::runtime_error("the prompt has " + std::to_string(text.size()) + " bytes; at most " +
-                             std::to_string(max_text_bytes) + " are taken");
+  check_length(text, max_text_bytes);
   std::vector<std::int32_t> ids;
   const auto append = [&ids](std::int32_t id) { ids.push_back(id); };
   as_written_.split(

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "nn/small_file.hpp"
+#include "nn/text.hpp"
 
 namespace sd35 {
 
@@ -16,8 +17,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::size_t max_file_bytes = 64u << 20;   // the real spiece.model has 0.8 MB
-constexpr std::size_t max_text_bytes = 256u << 10;  // SentencePiece joins unknowns in quadratic time: 2 s
+constexpr std::size_t max_file_bytes = 64u << 20;  // the real spiece.model has 0.8 MB
+// SentencePiece joins characters that it does not know in quadratic time: 0.6 s for this much of U+3316, which it normalizes
+// to six of them.
+constexpr std::size_t max_text_bytes = 64u << 10;
+constexpr std::size_t max_piece_bytes = 1024;       // the real ones have 16 characters at most
+constexpr std::size_t max_replacement_bytes = 128;  // the real ones have 33 at most, of U+FDFA
+constexpr int max_matches = 32;                     // what SentencePiece has room for, and does not check
 constexpr std::int32_t sentinels = 100;
 
 // A reader of protobuf's wire format, as far as SentencePiece models need it: the payloads of the
@@ -63,9 +69,10 @@ std::optional<std::vector<std::string_view>> fields(std::string_view message, st
 }
 
 // Whether a normalization table is safe to follow, which SentencePiece takes on trust: u32 byte count of the
-// trie, the trie, then the replacements, each ended by NUL. The trie is a double array of Darts-clone: from
-// unit i a byte b leads to unit i ^ offset(i) ^ b, and a value lies in unit i ^ offset(i); it is the position of
-// a replacement. Bit 31 marks the units of values, bit 8 those that have one.
+// trie, the trie, then the replacements, each ended by NUL. The trie is a double array of Darts-clone: a search
+// begins at unit 0 and goes from unit i by byte b to unit i ^ offset(i) ^ b where that has the label b; a value lies
+// in unit i ^ offset(i) and is the position of a replacement. Bit 31 marks the units of values, which have no label,
+// bit 8 those that have a value.
 bool is_sound_charsmap(std::string_view map) {
   const auto u32 = [&map](std::size_t at) {
     std::uint32_t value = 0;
@@ -78,15 +85,39 @@ bool is_sound_charsmap(std::string_view map) {
   if (trie_bytes % 4 != 0 || trie_bytes < 4 || trie_bytes >= map.size() - 4 || map.back() != '\0')
     return false;
   const std::size_t units = trie_bytes / 4;
-  const std::size_t replacement_bytes = map.size() - 4 - trie_bytes;
-  for (std::size_t i = 0; i < units; ++i) {
-    const std::uint32_t unit = u32(4 + 4 * i);
-    if (unit >> 31 != 0) continue;
-    const std::size_t offset = std::size_t{unit >> 10} << ((unit & 1u << 9) >> 6);
-    if (((i ^ offset) | 0xff) >= units) return false;
-    if ((unit & 1u << 8) != 0 && (u32(4 + 4 * (i ^ offset)) & 0x7fffffffu) >= replacement_bytes) return false;
+  const std::string_view replacements = map.substr(4 + trie_bytes);
+  for (std::size_t at = 0; at < replacements.size(); ++at) {
+    const std::size_t end = replacements.find('\0', at);
+    if (end - at > max_replacement_bytes) return false;
+    at = end;
   }
-  return true;
+
+  const auto unit = [&](std::size_t i) { return u32(4 + 4 * i); };
+  const auto is_passed = [&](std::size_t i) { return i == 0 || unit(i) >> 31 == 0; };
+  const auto next = [&](std::size_t i) {
+    return i ^ std::size_t{unit(i) >> 10} << ((unit(i) & 1u << 9) >> 6);
+  };
+  for (std::size_t i = 0; i < units; ++i) {
+    if (!is_passed(i)) continue;
+    if ((next(i) | 0xff) >= units) return false;
+    if ((unit(i) & 1u << 8) != 0 && (unit(next(i)) & 0x7fffffffu) >= replacements.size()) return false;
+  }
+
+  // Where a search can be after so many bytes, each of which may be the end of a match.
+  std::vector<bool> reached(units + 256);
+  reached[next(0)] = true;
+  for (int bytes = 0; bytes <= max_matches; ++bytes) {
+    std::vector<bool> further(reached.size());
+    bool ended = true;
+    for (std::size_t i = 0; i < units; ++i)
+      if (unit(i) >> 31 == 0 && reached[i ^ (unit(i) & 0xff)]) {
+        further[next(i)] = true;
+        ended = false;
+      }
+    if (ended) return true;
+    reached.swap(further);
+  }
+  return false;
 }
 
 // Field 3 of ModelProto is normalizer_spec, whose field 2 is precompiled_charsmap (sentencepiece_model.proto).
@@ -98,6 +129,18 @@ bool has_sound_charsmap(std::string_view model) {
     if (!maps || !std::all_of(maps->begin(), maps->end(), is_sound_charsmap)) return false;
   }
   return true;
+}
+
+// Field 1 of ModelProto are the pieces, whose field 1 is the text. SentencePiece puts them into a trie of C strings, whose
+// builder aborts at a NUL inside of one, and goes over their bytes by recursion.
+bool has_sound_pieces(std::string_view model) {
+  const auto pieces = fields(model, 1);
+  return pieces && std::all_of(pieces->begin(), pieces->end(), [](std::string_view piece) {
+           const auto texts = fields(piece, 1);
+           return texts && std::all_of(texts->begin(), texts->end(), [](std::string_view text) {
+                    return text.size() <= max_piece_bytes && text_error(text).empty();
+                  });
+         });
 }
 
 // Sentinels are numbered downwards from the end of the vocabulary.
@@ -127,7 +170,8 @@ T5Tokenizer T5Tokenizer::load(const fs::path& folder_or_file) {
   }
   const std::string content = read_small_file(file, max_file_bytes, "a SentencePiece model");
   T5Tokenizer out;
-  if (!has_sound_charsmap(content) || !out.model_->LoadFromSerializedProto(content).ok())
+  if (!has_sound_pieces(content) || !has_sound_charsmap(content) ||
+      !out.model_->LoadFromSerializedProto(content).ok())
     fail_by_content(file, content, "is not a SentencePiece model, or a damaged one");
   const auto expect = [&](const char* name, int actual, std::int32_t expected) {
     if (actual != expected)
@@ -142,9 +186,7 @@ T5Tokenizer T5Tokenizer::load(const fs::path& folder_or_file) {
 }
 
 std::vector<std::int32_t> T5Tokenizer::encode(std::string_view text) const {
-  if (text.size() > max_text_bytes)
-    throw std::runtime_error("the prompt has " + std::to_string(text.size()) + " bytes; at most " +
-                             std::to_string(max_text_bytes) + " are taken");
+  check_length(text, max_text_bytes);
   std::vector<std::int32_t> ids;
   const auto append = [&](std::string_view part) {
     std::vector<int> part_ids;

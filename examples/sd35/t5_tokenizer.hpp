@@ -34,7 +34,7 @@ class T5Tokenizer {
   static T5Tokenizer load(const std::filesystem::path& folder_or_file);
 
   /// The ids of the whole text and EOS. Bytes that are not UTF-8 read as an unknown character. Throws
-  /// std::runtime_error above 256 KiB of text.
+  /// std::runtime_error above 64 KiB of text.
   std::vector<std::int32_t> encode(std::string_view text) const;
 
   /// The first `length - 1` ids, EOS, then padding up to `length`. Throws as encode does, and where length
