@@ -19,6 +19,12 @@ SEEDS = pathlib.Path(__file__).resolve().parent / "corpus"
 LIMITS = ["-timeout=60", "-rss_limit_mb=2048", "-malloc_limit_mb=1024"]
 
 
+def environment(work):
+    """Where libraries.sh has built libraries, they are loaded in place of the system's."""
+    libraries = work.parent / "libraries"
+    return {"LD_LIBRARY_PATH": str(libraries)} if libraries.is_dir() else {}
+
+
 def fuzz(program, seconds, seed, work):
     name = program.name.removeprefix("fuzz_")
     corpus = work / name / "corpus"
@@ -28,7 +34,7 @@ def fuzz(program, seconds, seed, work):
     with open(work / name / "log", "w") as log:
         code = subprocess.run([program, f"-max_total_time={seconds}", f"-seed={seed}", *LIMITS, "-print_final_stats=1", "-max_len=4096", "-len_control=0", f"-dict={SEEDS.parent / 'words.dict'}",
                                f"-artifact_prefix={work / name}/", corpus, *seeds],
-                              stdout=log, stderr=subprocess.STDOUT).returncode
+                              env=os.environ | environment(work), stdout=log, stderr=subprocess.STDOUT).returncode
     text = (work / name / "log").read_text(errors="replace")
     executions = re.search(r"number_of_executed_units: (\d+)", text) or re.search(r"(?s:.*)^#(\d+)", text, re.M)
     rate = re.search(r"average_exec_per_sec: *(\d+)", text)
@@ -43,7 +49,7 @@ def minimise(program, work):
     name = program.name.removeprefix("fuzz_")
     with tempfile.TemporaryDirectory(dir=work) as merged:
         subprocess.run([program, "-merge=1", *LIMITS, merged, SEEDS / name, work / name / "corpus"], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                       env=os.environ | environment(work), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         shutil.copytree(merged, SEEDS / name, dirs_exist_ok=True)
 
 
@@ -74,8 +80,9 @@ def main():
             if result["failed"]:
                 failed += 1
                 print(result["text"][-4000:])
+                loaded = "".join(f"{name}={value} " for name, value in environment(work).items())
                 for path in result["found"]:
-                    print(f"again with: {a.build}/tests/fuzz/fuzz_{result['name']} {path}")
+                    print(f"again with: {loaded}{a.build}/tests/fuzz/fuzz_{result['name']} {path}")
     print(f"{len(chosen) - failed} passed, {failed} failed")
     sys.exit(1 if failed else 0)
 
