@@ -40,10 +40,7 @@ constexpr std::string_view end_of_word = "</w>";
 
 // A piece of an untrusted file, fit for a message.
 std::string printable(std::string_view text, std::size_t limit) {
-  std::string out(text.substr(0, limit));
-  std::replace_if(
-      out.begin(), out.end(), [](char c) { return static_cast<unsigned char>(c) < 32 || c == 127; }, '?');
-  return text.size() > limit ? out + "..." : out;
+  return nn::printable(text.substr(0, limit)) + (text.size() > limit ? "..." : "");
 }
 
 std::string in_quotes(std::string_view symbol) { return "'" + printable(symbol, 48) + "'"; }
@@ -277,6 +274,8 @@ void read_merges_txt(const fs::path& file, const ByteSymbols& bytes, Vocabulary&
                     "the first line is not a '#version' line, so this is not a list of BPE merges");
   while (!rest.empty() && v.merges.size() < max_merges) {
     const std::string_view line = next_line();
+    if (const std::string why = text_error(line); !why.empty())
+      v.fail_at(v.merges.size(), "is not text in UTF-8: " + why);
     v.merges.push_back(split_merge(line, v.merges.size(), v));
   }
   if (v.ids_file.empty()) number_by_rule(bytes, v);

@@ -442,7 +442,11 @@ TEST_CASE("bad CLIP vocabularies are refused by name") {
       {"merges.txt", "repeats", vocab, merges + "a b\n", ""},
       {"merges.txt", "line 3 names the symbol 'abc'", "", merges + "abc d\n", ""},
       {"merges.txt", "exists already", "", merges + "b c\na bc\nab c\n", ""},
-      {"merges.txt", "names the symbol '\xff", "", merges + "\xff\xfe b\n", ""},
+      {"merges.txt", "line 3 is not text in UTF-8: byte 2 is not UTF-8", "", merges + "a \xff\xfe\na c\n",
+       ""},
+      {"merges.txt", "line 3 is not text in UTF-8: byte 0 is not UTF-8", vocab, merges + "\xff b\n", ""},
+      {"merges.txt", "line 4 is not text in UTF-8: byte 1 is NUL", vocab,
+       merges + "a ab\n" + std::string("b\0 c", 4), ""},
       {"merges.txt", "bytes", "", merges + std::string(17u << 20, '\n'), ""},
       // tokenizer.json
       {"tokenizer.json", "model.vocab", "", "", "{}"},
