@@ -128,6 +128,12 @@ void add_options(CLI::App& app, Arguments& a) {
   nn::add_number(app, "--skip-layer-end", slg.end, {0, 1}, "fraction of the steps where it ends")
       ->group(sampling);
 
+  app.final_callback([&slg] {
+    if (slg.start > slg.end)
+      throw CLI::ValidationError("--skip-layer-start: " + nn::number_text(slg.start) +
+                                 " is behind --skip-layer-end, which is " + nn::number_text(slg.end));
+  });
+
   const char* const run = "Run";
   nn::add_number(app, "-t,--threads", a.threads, nn::thread_range,
                  "0: all cores; the picture is the same with any number")

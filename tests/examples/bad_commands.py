@@ -212,6 +212,8 @@ TABLE: dict[str, list[tuple[str, str]]] = {
             ("--skip-layer-start nan", "--skip-layer-start: expected a number from 0 to 1, got 'nan'"),
             ("--skip-layer-start 1.1", "--skip-layer-start: expected"),
             ("--skip-layer-end -0.1", "--skip-layer-end: expected"),
+            ("--skip-layer-start 0.5", "--skip-layer-start: 0.5 is behind --skip-layer-end, which is 0.2"),
+            ("--skip-layer-end 0.005", "--skip-layer-start: 0.01 is behind --skip-layer-end, which is 0.005"),
             ("--skip-layers 7,8,", "--skip-layers: expected"),
             ("--skip-layers 4294967303", "--skip-layers: expected"),
             ("--skip-layers -1", "--skip-layers: expected"),
