@@ -10,7 +10,6 @@
 #include <jpeglib.h>
 
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <string_view>
 
@@ -88,20 +87,25 @@ Image make_image(const fs::path& path, Index width, Index height, Index channels
 // The product of two parts of 255, as such a part.
 std::uint8_t times(std::uint8_t a, std::uint8_t b) { return static_cast<std::uint8_t>((a * b + 127) / 255); }
 
+// What an iTXt chunk with XMP begins with: the keyword, then no compression, by method 0, as ISO 16684-3 has it. A language
+// and a translated keyword, both empty there, lie before the packet.
+constexpr std::string_view xmp_keyword("XML:com.adobe.xmp\0\0\0", 20);
+
 // Leaves of a PNG the chunks that its pixels are made of: no gamma or colour profile is applied, as in PIL, and no text is
-// unpacked. Returns the orientation that its eXIf says.
+// unpacked. Returns the orientation that its eXIf says, or else its XMP.
 int keep_pixels(const fs::path& path, std::string& png) {
   constexpr std::size_t signature = 8, around = 12;  // length, type and checksum of a chunk
   std::size_t kept = signature;
-  std::optional<int> orientation;
+  std::string exif, xmp;
   for (std::size_t at = signature; png.size() - at >= around;) {
     std::size_t size = 0;
     for (std::size_t i = 0; i < 4; ++i) size = size << 8 | static_cast<unsigned char>(png[at + i]);
     if (size > png.size() - at - around) break;
     const std::string_view type = std::string_view(png).substr(at + 4, 4);
+    const std::string_view content = std::string_view(png).substr(at + 8, size);
     const bool is_end = type == "IEND", is_critical = (type[0] & 0x20) == 0;
-    if (type == "eXIf" && !orientation)
-      orientation = exif_orientation(std::string_view(png).substr(at + 8, size));
+    if (type == "eXIf") exif = content;
+    if (type == "iTXt" && content.starts_with(xmp_keyword)) xmp = content.substr(xmp_keyword.size());
     size += around;
     if (is_critical || type == "tRNS") {
       std::copy_n(png.begin() + static_cast<Index>(at), size, png.begin() + static_cast<Index>(kept));
@@ -110,7 +114,7 @@ int keep_pixels(const fs::path& path, std::string& png) {
     at += size;
     if (!is_end) continue;
     png.resize(kept);
-    return orientation.value_or(1);
+    return stored_orientation(exif, xmp);
   }
   fail(path, "is a PNG that is cut short or damaged: it has no end (IEND)");
 }
@@ -208,14 +212,17 @@ bool read_rows(Jpeg& jpeg, std::uint8_t* rgb, std::uint8_t* row) {
   return true;
 }
 
-// What the first block of Exif says.
+// What the first block of Exif says, or else the last one of XMP.
 int orientation_of(const Jpeg& jpeg) {
-  constexpr std::string_view name("Exif\0\0", 6);
+  using namespace std::string_view_literals;
+  constexpr std::string_view exif_name = "Exif\0\0"sv, xmp_name = "http://ns.adobe.com/xap/1.0/\0"sv;
+  std::string_view exif, xmp;
   for (const jpeg_marker_struct* marker = jpeg.info.marker_list; marker != nullptr; marker = marker->next) {
     const std::string_view data(reinterpret_cast<const char*>(marker->data), marker->data_length);
-    if (data.starts_with(name)) return exif_orientation(data.substr(name.size()));
+    if (exif.empty() && data.starts_with(exif_name)) exif = data.substr(exif_name.size());
+    if (data.starts_with(xmp_name)) xmp = data.substr(xmp_name.size());
   }
-  return 1;
+  return stored_orientation(exif, xmp);
 }
 
 Image decode_jpeg(const fs::path& path, const std::string& bytes) {

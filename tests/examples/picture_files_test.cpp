@@ -220,19 +220,53 @@ TEST_CASE("a picture stands upright, however the camera was held") {
   CHECK(read(with_app1(turned, "Exif\0\0"s + exif(false, 3))) == nn::upright(stored_image, 3));
 }
 
+TEST_CASE("where Exif says no orientation XMP does, as in PIL") {
+  const std::string packet = "<x tiff:Orientation=\"6\"/>", name = "http://ns.adobe.com/xap/1.0/\0"s;
+  CHECK(nn::stored_orientation("", packet) == 6);
+  CHECK(nn::stored_orientation("", "<tiff:Orientation>8</tiff:Orientation>") == 8);
+  CHECK(nn::stored_orientation("", "tiff:Orientation tiff:Orientation= tiff:Orientation=\"x" + packet) == 6);
+  for (const char* none :
+       {"", "tiff:Orientation", "tiff:Orientation=\"", "tiff:Orientation>", "tiff:Orientation=\"0\"",
+        "tiff:Orientation=\"9\"", "tiff:Orientation='6'", "exif:Orientation=\"6\""})
+    CHECK(nn::stored_orientation("", none) == 1);
+  CHECK(nn::stored_orientation(exif(true, 1), packet) == 1);
+  CHECK(nn::stored_orientation(exif(true, 6, 2), packet) == 1);
+  CHECK(nn::stored_orientation("II*\0\x08\0\0\0\0\0"s, packet) == 6);  // no entries
+
+  const std::string jpeg = read_file(data / "picture.jpg");
+  const Image stored_image = nn::read_image(data / "picture.jpg");
+  const std::string turned = with_app1(jpeg, name + packet);
+  CHECK(read(turned) == nn::upright(stored_image, 6));
+  CHECK(read(with_app1(turned, name + "tiff:Orientation>3")) ==
+        nn::upright(stored_image, 6));  // the last packet counts
+  CHECK(read(with_app1(turned, "Exif\0\0"s + exif(false, 3))) == nn::upright(stored_image, 3));
+
+  const Png plain{.width = 2, .colour = grey, .rows = "\0ab"s};
+  const auto with_text = [&](const std::string& type, const std::string& content) {
+    Png png = plain;
+    png.after = chunk(type.c_str(), content);
+    return read(png.bytes());
+  };
+  const std::string keyword = "XML:com.adobe.xmp\0\0\0"s;
+  CHECK(with_text("iTXt", keyword + "\0\0"s + packet) == nn::upright(read(plain.bytes()), 6));
+  CHECK(with_text("iTXt", keyword) == read(plain.bytes()));
+  CHECK(with_text("iTXt", "Comment\0\0\0\0\0"s + packet) == read(plain.bytes()));
+}
+
 TEST_CASE("an Exif block that is malformed says nothing") {
-  CHECK(nn::exif_orientation(exif(true, 6)) == 6);
-  CHECK(nn::exif_orientation(exif(false, 6, 4)) == 6);  // PIL takes a LONG
-  CHECK(nn::exif_orientation(exif(true, 6, 2)) == 1);
-  CHECK(nn::exif_orientation(exif(true, 6, 3, 2)) == 1);
-  for (const int orientation : {0, 9, 255, 65535}) CHECK(nn::exif_orientation(exif(true, orientation)) == 1);
-  CHECK(nn::exif_orientation("") == 1);
-  CHECK(nn::exif_orientation("XX*\0\x08\0\0\0"s) == 1);
-  CHECK(nn::exif_orientation("II*\0\xff\xff\xff\xff"s) == 1);
+  CHECK(nn::stored_orientation(exif(true, 6)) == 6);
+  CHECK(nn::stored_orientation(exif(false, 6, 4)) == 6);  // PIL takes a LONG
+  CHECK(nn::stored_orientation(exif(true, 6, 2)) == 1);
+  CHECK(nn::stored_orientation(exif(true, 6, 3, 2)) == 1);
+  for (const int orientation : {0, 9, 255, 65535})
+    CHECK(nn::stored_orientation(exif(true, orientation)) == 1);
+  CHECK(nn::stored_orientation("") == 1);
+  CHECK(nn::stored_orientation("XX*\0\x08\0\0\0"s) == 1);
+  CHECK(nn::stored_orientation("II*\0\xff\xff\xff\xff"s) == 1);
   const std::string whole = exif(true, 6);
   for (std::size_t size = 0; size < whole.size(); ++size) {
     const std::vector<char> cut(whole.begin(), whole.begin() + static_cast<Index>(size));  // no byte behind
-    CHECK(nn::exif_orientation({cut.data(), size}) == (size < 22 ? 1 : 6));
+    CHECK(nn::stored_orientation({cut.data(), size}) == (size < 22 ? 1 : 6));
   }
   support::Random random(5);
   for (int i = 0; i < 2000; ++i) {
@@ -240,7 +274,7 @@ TEST_CASE("an Exif block that is malformed says nothing") {
     for (int j = 0; j < 3; ++j)
       changed[static_cast<std::size_t>(random.below(static_cast<Index>(changed.size())))] =
           static_cast<char>(random.below(256));
-    const int orientation = nn::exif_orientation(changed);
+    const int orientation = nn::stored_orientation(changed);
     CHECK(orientation >= 1);
     CHECK(orientation <= 8);
   }
