@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include <linattn/weights/recognise.hpp>
 #include <linattn/weights/small_file.hpp>
 
 #include "runtime.hpp"
@@ -50,8 +51,9 @@ nlohmann::json read_config(const fs::path& folder) {
 
 std::shared_ptr<const Safetensors> open_weights(const fs::path& path) {
   auto files = std::make_shared<Safetensors>();
-  if (const linattn::FileStatus status = Safetensors::open(path, *files); !status.ok())
-    throw std::runtime_error(message(status));
+  linattn::FileStatus status = Safetensors::open(path, *files);
+  if (status.ok()) status = linattn::check_wrappers(*files);
+  if (!status.ok()) throw std::runtime_error(message(status));
   static std::set<std::string> said;
   if (!files->note().empty() && said.insert(files->note()).second)
     std::fprintf(stderr, "note: %s\n", files->note().c_str());

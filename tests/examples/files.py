@@ -277,6 +277,15 @@ def prefixes(commands: argparse.Namespace, scratch: pathlib.Path) -> None:
         write_tensors(target, {prefix + name: tensor for name, tensor in read_tensors(source).items()})
         return target
 
+    # A part of a block that is compiled by itself.
+    tensors = read_tensors(tiny / "model.safetensors")
+    for old, new in (("blocks.1.", "blocks.1._orig_mod."), (".attn.", ".attn._orig_mod.")):
+        inner = scratch / "inner.safetensors"
+        write_tensors(inner, {name.replace(old, new): tensor for name, tensor in tensors.items()})
+        for command in ([commands.deit, inner, picture, "--heads", 3], [commands.inherit, inner, scratch / "never.safetensors"]):
+            result = run(*command)
+            check(f"{new} is refused by name", result.returncode == 2 and new in result.stderr and "torch.compile" in result.stderr, result.stderr)
+
     if commands.sd35:
         draws(commands, commands.data / "sd35-tiny", scratch / "plain.png")
     names = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3", "vae": "vae", "diffusion-model": "transformer"}

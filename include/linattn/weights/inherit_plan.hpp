@@ -62,6 +62,7 @@ struct Checkpoint {
   }
   const auto& weights = made.folder() ? made.transformer : path;
   if (FileStatus status = Safetensors::open(weights, made.weights); !status.ok()) return status;
+  if (FileStatus status = check_wrappers(made.weights); !status.ok()) return status;
   if (!made.folder() && made.weights.sharded())
     return detail::file_error(path, "is an index: name the folder of the model instead", {}, Code::option);
   out = std::move(made);

@@ -30,6 +30,23 @@ LINATTN_BEGIN
   return plain;
 }
 
+// Wrappers are looked for before the blocks of a model. torch.compile of a block, or of a part of one, puts its own behind the
+// block's number, and nothing would be found.
+[[nodiscard]] inline FileStatus check_wrappers(const Safetensors& file) {
+  for (const TensorInfo& info : file.tensors()) {
+    const std::string_view name = info.name, outside = name.substr(0, name.rfind("._orig_mod."));
+    if (outside.size() == name.size()) continue;
+    for (std::size_t dot = outside.find('.'); dot < outside.size(); dot = outside.find('.', dot + 1))
+      if (dot + 1 < outside.size() && outside[dot + 1] >= '0' && outside[dot + 1] <= '9')
+        return detail::file_error(
+            file.path(),
+            "is in a part of a block that torch.compile wrapped: such tensors are known by "
+            "their names without '_orig_mod.'",
+            name);
+  }
+  return {};
+}
+
 // The number of heads of a ViT or DiT, and who says so.
 struct Heads {
   Index count = 0;
