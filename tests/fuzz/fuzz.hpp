@@ -31,6 +31,21 @@ template <class F>
   return {};
 }
 
+// The same for what reads one file, which the error names first.
+template <class F>
+[[nodiscard]] std::string refusal(const std::filesystem::path& file, const F& f) {
+  const std::string why = refusal(f);
+  expect(why.empty() || why.starts_with(file.string() + ": "), "an error names the file");
+  return why;
+}
+
+// Whether a status of the library is fine; where it is not, its message is a sentence.
+template <class Status>
+[[nodiscard]] bool accepted(const Status& status) {
+  if (!status.ok()) expect_sentence(message(status));
+  return status.ok();
+}
+
 // The parts of an input of several texts, between lines of "--": seeds can be read and edited, and libFuzzer moves whole
 // parts.
 [[nodiscard]] std::vector<std::string> parts(const std::uint8_t* data, std::size_t size);

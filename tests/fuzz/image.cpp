@@ -27,7 +27,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (is_large(data, size)) return 0;
   const auto path = fuzz::write("picture", data, size);
   nn::Image image;
-  if (const std::string why = fuzz::refusal([&] { image = nn::read_image(path); }); !why.empty()) {
+  if (const std::string why = fuzz::refusal(path, [&] { image = nn::read_image(path); }); !why.empty()) {
     fuzz::expect(image.rgb.empty(), "what failed leaves nothing");
     return 0;
   }
